@@ -73,7 +73,7 @@ class PrintingConsumer:
             seconds = time.monotonic() - start
             if error.code() in HOPELESS or seconds > limit - 1:
                 sys.exit(f"kafka_consumer.py: {problem}")
-            if seconds > 1 and not told:
+            if seconds > 1.5 and not told:
                 told = True
                 tell(f"Trying for {limit} s: {problem}")
 

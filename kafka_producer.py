@@ -71,7 +71,7 @@ class ReportingProducer:
             seconds = time.monotonic() - start
             if error.code() in HOPELESS or seconds > limit - 1:
                 sys.exit(f"kafka_producer.py: {problem}")
-            if seconds > 1 and not told:
+            if seconds > 1.5 and not told:
                 told = True
                 print(f"Trying for {limit} s: {problem}", file=sys.stderr)
             time.sleep(0.05)
@@ -188,6 +188,18 @@ def read_config(path):
     return config
 
 
+def whole_number(text):
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def seconds(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def parse_arguments():
     """Returns the options and the parser, which ends the program with status 2 for a wrong call."""
     parser = argparse.ArgumentParser(
@@ -203,8 +215,15 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
-    add("-c", "--count", type=int, default=10, metavar="N", help="events; 0: until Ctrl-C (default: %(default)s)")
-    add("-i", "--interval", type=float, default=1.0, metavar="SECONDS",
+    add(
+        "-c",
+        "--count",
+        type=whole_number,
+        default=10,
+        metavar="N",
+        help="events; 0: until Ctrl-C (default: %(default)s)",
+    )
+    add("-i", "--interval", type=seconds, default=1.0, metavar="SECONDS",
         help="from one event to the next; 0: as fast as possible (default: %(default)s)")  # fmt: skip
     add("-F", "--config", metavar="FILE", help="librdkafka properties, a line each: key=value (default: none)")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")
@@ -212,8 +231,6 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add("--seed", type=int, metavar="N", help="make the same people each time (default: others each time)")
     add("-q", "--quiet", action="store_true", help="no line per event here; the log file has them (default: off)")
     args = parser.parse_args()
-    if args.count < 0 or not 0 <= args.interval < math.inf:
-        parser.error("--count and --interval take a number from 0 up")
     return args, parser
 
 

@@ -11,6 +11,7 @@ the Confluent images; `Cluster` says what is changed to run outside of container
 """
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -36,7 +37,7 @@ except ImportError as error:
 
 TESTS = Path(__file__).resolve().parent
 COMPOSE_FILE = TESTS.parent / "docker-compose.yaml"
-DEFAULT_FOLDER = TESTS / ".local_cluster" / "default"
+DATA = TESTS / ".local_cluster"
 
 # Confluent Platform 7.9, the images of docker-compose.yaml, is Apache Kafka 3.9.
 KAFKA_VERSION = "3.9.2"
@@ -178,9 +179,9 @@ class Service:
         keepers, javas = [], []
         for process in psutil.process_iter(["cmdline", "status"]):
             command = process.info["cmdline"] or []
-            if process.info["status"] != psutil.STATUS_ZOMBIE and str(self.properties_file) in command:
-                if MAIN_CLASSES[self.kind] in command:
-                    (keepers if "keep" in command else javas).append(process)
+            running = process.info["status"] != psutil.STATUS_ZOMBIE
+            if running and {str(self.properties_file), MAIN_CLASSES[self.kind]} <= set(command):
+                (keepers if "keep" in command else javas).append(process)
         return keepers, javas
 
     def is_running(self):
@@ -212,11 +213,15 @@ class Service:
     def end(self, signum):
         keepers, javas = self.processes()
         for process in keepers + javas:
-            process.send_signal(signum)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signum)
         psutil.wait_procs(keepers + javas, timeout=self.stop_seconds)
         # What did not end in time, and what a keeper may have started just before it was killed itself.
-        for process in sum(self.processes(), []):
-            process.kill()
+        keepers, javas = self.processes()
+        for process in keepers + javas:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(keepers + javas, timeout=10)
 
     def exits(self):
         """Returns how often the keeper has seen the process die since the log began."""
@@ -257,7 +262,7 @@ class Cluster:
 
     @property
     def client_config(self):
-        """librdkafka properties with which a client reaches the cluster."""
+        """What a client needs to reach the cluster, as librdkafka properties."""
         return {"bootstrap.servers": self.bootstrap_servers, "log_level": 0, **self.client}
 
     def __enter__(self):
@@ -390,23 +395,22 @@ def keep(attachment, *command):
 def main():
     parser = argparse.ArgumentParser(
         description="The cluster of docker-compose.yaml without Docker: ZooKeeper and Kafka as background processes.",
-        epilog=f"Data and logs are kept in {DEFAULT_FOLDER}.",
+        epilog=f"Data and logs are kept in {DATA}, for each port on its own.",
     )
+    parser.add_argument("--port", type=int, default=9092, help="port of the broker on localhost (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="start it; returns when the broker answers at localhost:9092")
+    commands.add_parser("up", help="start it; returns when the broker answers")
     commands.add_parser("status", help="is it running? exit status 0: yes, 1: no")
     commands.add_parser("logs", help="print what ZooKeeper and the broker logged")
     down = commands.add_parser("down", help="stop it; topics and offsets are kept")
     down.add_argument("-v", "--volumes", action="store_true", help="delete topics and offsets too")
     args = parser.parse_args()
-    cluster = Cluster(DEFAULT_FOLDER, port=9092)
+    cluster = Cluster(DATA / str(args.port), port=args.port)
 
     if args.command == "up":
-        if cluster.is_running():
-            print("Already running.")
-        else:
+        if not cluster.is_running():
             cluster.up(detached=True)
-        print(f"Kafka answers at {cluster.bootstrap_servers}. Stop it with: python tests/local_cluster.py down")
+        print(f"Kafka answers at {cluster.bootstrap_servers}.")
     elif args.command == "status":
         for service in cluster.services:
             javas = service.processes()[1]
@@ -420,7 +424,7 @@ def main():
         cluster.down()
         if args.volumes:
             shutil.rmtree(cluster.folder, ignore_errors=True)
-        print("Stopped." if not args.volumes else "Stopped, and its data is deleted.")
+        print("Stopped; topics and offsets are deleted." if args.volumes else "Stopped; topics and offsets are kept.")
     return 0
 
 

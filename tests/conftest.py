@@ -1,0 +1,207 @@
+"""What the tests share: a real cluster, topics of their own, scripts as processes, and another client to read back."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import kafka
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
+from local_cluster import DATA, Cluster
+
+ROOT = Path(__file__).resolve().parent.parent
+# A cluster that is already up, for the tests that do not have to break it.
+EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+
+
+def wait_until(condition, what, limit=20):
+    """Returns the first true value of condition(), or fails after `limit` seconds and says what it waited for."""
+    deadline = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {limit} s for {what}")
+        time.sleep(0.02)
+
+
+class Script:
+    """kafka_producer.py or kafka_consumer.py as a process in a folder of its own, its output in files."""
+
+    def __init__(self, folder, name, options, stdout=None, stdin=subprocess.DEVNULL):
+        self.name = name
+        self.folder = folder
+        number = len(list(folder.glob("*.err")))
+        self.stdout_file = folder / f"{name}-{number}.out"
+        self.stderr_file = folder / f"{name}-{number}.err"
+        with self.stdout_file.open("wb") as out, self.stderr_file.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / f"kafka_{name}.py", *map(str, options)],
+                cwd=folder,
+                stdin=stdin,
+                stdout=stdout or out,
+                stderr=err,
+            )
+
+    @property
+    def stdout(self):
+        return self.stdout_file.read_text()
+
+    @property
+    def stderr(self):
+        return self.stderr_file.read_text()
+
+    @property
+    def lines(self):
+        """The whole lines on standard output so far."""
+        return self.stdout.split("\n")[:-1]
+
+    def wait(self, limit=30):
+        """Returns the exit status."""
+        wait_until(lambda: self.process.poll() is not None, f"the end of {self!r}", limit)
+        assert "Traceback" not in self.stderr, self.stderr
+        return self.process.returncode
+
+    def end(self, signum=signal.SIGINT, limit=10):
+        """Sends a signal and returns the exit status."""
+        self.process.send_signal(signum)
+        return self.wait(limit)
+
+    def wait_for_lines(self, count, limit=20):
+        wait_until(lambda: len(self.lines) >= count, f"{count} lines of {self!r}", limit)
+        return self.lines
+
+    def wait_for_stderr(self, text, limit=20):
+        wait_until(lambda: text in self.stderr, f"{text!r} on stderr of {self!r}", limit)
+
+    def __repr__(self):
+        return f"{self.name} (stderr so far: {self.stderr!r})"
+
+
+@pytest.fixture
+def scripts(tmp_path, cluster):
+    """Starts scripts: scripts.producer("-t", topic), scripts.consumer(...); ends them after the test.
+
+    They are given the address of the cluster, unless the options have one.
+    """
+    started = []
+
+    def start(name, *options, servers=cluster.bootstrap_servers, **popen):
+        options = ["-b", servers, *options] if servers else options
+        started.append(Script(tmp_path, name, options, **popen))
+        return started[-1]
+
+    yield SimpleNamespace(
+        producer=lambda *options, **more: start("producer", *options, **more),
+        consumer=lambda *options, **more: start("consumer", *options, **more),
+        folder=tmp_path,
+        log=tmp_path / "producer.log",
+    )
+    for script in started:
+        if script.process.poll() is None:
+            script.process.kill()
+            script.process.wait()
+
+
+@pytest.fixture(scope="session")
+def session_cluster():
+    """The cluster that most tests share; nothing here may break it."""
+    if EXTERNAL:
+        yield SimpleNamespace(bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0})
+        return
+    with new_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(session_cluster):
+    """The cluster of this test. Test files that break theirs override this fixture."""
+    return session_cluster
+
+
+@contextlib.contextmanager
+def new_cluster(**options):
+    """A Cluster in a folder of its own, which is deleted afterwards: `with new_cluster(brokers=3) as cluster:`."""
+    folder = DATA / f"test-{uuid.uuid4().hex[:8]}"
+    try:
+        with Cluster(folder, **options) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def topic():
+    """A name for a topic that does not exist yet."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def group():
+    return f"group-{uuid.uuid4().hex[:12]}"
+
+
+def create_topic(cluster, topic, partitions=1, **config):
+    """Creates a topic and waits for it; config: {"min.insync.replicas": "2"}."""
+    admin = AdminClient(cluster.client_config)
+    replicas = config.pop("replicas", 1)
+    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(20)
+    wait_until(
+        lambda: len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions, f"topic {topic}"
+    )
+
+
+def produce(cluster, topic, events, **config):
+    """Writes events, each bytes or None or a dict of produce()'s arguments, and waits for their delivery."""
+    producer = Producer({**cluster.client_config, "linger.ms": 1, **config})
+    errors = []
+    for event in events:
+        arguments = event if isinstance(event, dict) else {"value": event}
+        producer.produce(topic, on_delivery=lambda error, _: error and errors.append(error), **arguments)
+        producer.poll(0)
+    assert producer.flush(30) == 0, "not delivered within 30 s"
+    assert not errors, errors
+
+
+def read_topic(cluster, topic, partitions=1, **config):
+    """Returns all records of a topic, partition by partition, as kafka-python (another client) reads them."""
+    consumer = kafka.KafkaConsumer(bootstrap_servers=cluster.bootstrap_servers, enable_auto_commit=False, **config)
+    try:
+        records = []
+        for partition in (kafka.TopicPartition(topic, number) for number in range(partitions)):
+            consumer.assign([partition])
+            consumer.seek_to_beginning(partition)
+            end = consumer.end_offsets([partition])[partition]
+            deadline = time.monotonic() + 60
+            while consumer.position(partition) < end:
+                assert time.monotonic() < deadline, f"waited 60 s for {end} events of {topic}"
+                records += consumer.poll(1000).get(partition, [])
+        return records
+    finally:
+        consumer.close()
+
+
+def committed(cluster, topic, group, partition=0):
+    """Returns the offset that a group has committed, or None, as kafka-python sees it."""
+    consumer = kafka.KafkaConsumer(
+        bootstrap_servers=cluster.bootstrap_servers, group_id=group, enable_auto_commit=False
+    )
+    try:
+        return consumer.committed(kafka.TopicPartition(topic, partition))
+    finally:
+        consumer.close()
+
+
+def numbered(count):
+    """Returns that many distinct JSON events as bytes."""
+    return [json.dumps({"number": number}).encode() for number in range(count)]

@@ -1,0 +1,255 @@
+"""The consumer's options, its place in the group, its output and its exit statuses."""
+
+import json
+import signal
+import subprocess
+
+import pytest
+from confluent_kafka import Producer
+from conftest import committed, create_topic, numbered, produce, wait_until
+
+
+def numbers(lines):
+    """The numbers in lines made by conftest.numbered()."""
+    return [json.loads(line)["number"] for line in lines]
+
+
+@pytest.fixture
+def filled(cluster, topic):
+    """A topic of one partition with the events 0 to 9."""
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(10))
+    return topic
+
+
+def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, group):
+    for expected in ([0, 1, 2], [3, 4, 5], [6, 7, 8, 9], []):
+        consumer = scripts.consumer("-t", filled, "-G", group, "-c", 3 if expected[:1] != [6] else 100, "--exit")
+        assert consumer.wait() == 0
+        assert numbers(consumer.lines) == expected
+        assert f"Printed {len(expected)} events." in consumer.stderr
+    assert committed(cluster, filled, group) == 10
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_commit_and_end(scripts, cluster, filled, group, signum):
+    consumer = scripts.consumer("-t", filled, "-G", group)
+    consumer.wait_for_lines(10)
+    assert consumer.end(signum, limit=2) == 0
+    assert committed(cluster, filled, group) == 10
+    produce(cluster, filled, [b"{}"])
+    again = scripts.consumer("-t", filled, "-G", group)
+    assert again.wait_for_lines(1) == ["{}"]
+    assert again.end(signum, limit=2) == 0
+    assert again.lines == ["{}"]
+
+
+def test_two_consumers_share_four_partitions(scripts, cluster, topic, group):
+    create_topic(cluster, topic, partitions=4)
+    first = scripts.consumer("-t", topic, "-G", group)
+    first.wait_for_stderr(f"Got partitions of {topic}: 0, 1, 2, 3")
+    second = scripts.consumer("-t", topic, "-G", group)
+    got = f"Got partitions of {topic}: "
+    for consumer in (first, second):
+        wait_until(lambda it=consumer: it.stderr.split(got)[-1].count(",") == 1, f"two partitions for {consumer}")
+    produce(cluster, topic, [{"value": event, "partition": n % 4} for n, event in enumerate(numbered(40))])
+    wait_until(lambda: len(first.lines) + len(second.lines) == 40, "40 lines in all")
+    assert sorted(numbers(first.lines + second.lines)) == list(range(40))
+    assert first.end() == second.end() == 0
+
+
+STRETCHES = {
+    "from and to": (["--from-offset", 3, "--to-offset", 5], [3, 4, 5]),
+    "from": (["--from-offset", 7, "-e"], [7, 8, 9]),
+    "to": (["--to-offset", 1], [0, 1]),
+    "the last two": (["--from-offset", -2, "-e"], [8, 9]),
+    "more than there are": (["--from-offset", -200, "-e"], list(range(10))),
+    "beginning": (["--from-offset", "beginning", "-e"], list(range(10))),
+    "end": (["--from-offset", "end", "-e"], []),
+    "partition": (["-p", 0, "-e"], list(range(10))),
+    "partition, not to its end": (["-p", 0, "-c", 2], [0, 1]),
+    "after the end": (["--from-offset", 50, "-e"], []),
+    "to after the end": (["--from-offset", 8, "--to-offset", 100, "-e"], [8, 9]),
+    "nothing": (["-c", 0], []),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), STRETCHES.values(), ids=STRETCHES)
+def test_stretches_leave_the_group_alone(scripts, cluster, filled, group, options, expected):
+    assert scripts.consumer("-t", filled, "-G", group, "-c", 2).wait() == 0
+    stretch = scripts.consumer("-t", filled, "-G", group, *options)
+    assert stretch.wait() == 0
+    assert numbers(stretch.lines) == expected
+    assert committed(cluster, filled, group) == 2
+
+
+def test_offsets_that_are_yet_to_come_are_waited_for(scripts, cluster, filled):
+    consumer = scripts.consumer("-t", filled, "--from-offset", 12, "--to-offset", 13)
+    consumer.wait_for_stderr("Reading from offset 10")
+    produce(cluster, filled, [json.dumps({"number": number}) for number in range(10, 20)])
+    assert consumer.wait() == 0
+    assert numbers(consumer.lines) == [12, 13]
+
+
+def test_a_stretch_of_several_partitions(scripts, cluster, topic):
+    create_topic(cluster, topic, partitions=3)
+    produce(cluster, topic, [{"value": event, "partition": n % 3} for n, event in enumerate(numbered(30))])
+    consumer = scripts.consumer("-t", topic, "--from-offset", 2, "--to-offset", 3)
+    assert consumer.wait() == 0
+    assert sorted(numbers(consumer.lines)) == list(range(6, 12))
+    consumer = scripts.consumer("-t", topic, "--partition", 1, "--exit")
+    assert consumer.wait() == 0
+    assert numbers(consumer.lines) == list(range(1, 30, 3))
+    consumer = scripts.consumer("-t", topic, "--partition", 3)
+    assert consumer.wait() == 1
+    assert consumer.stderr.splitlines()[-1].startswith(f"kafka_consumer.py: topic {topic} has partitions")
+
+
+def test_deleted_events_are_passed_over(scripts, cluster, topic):
+    """In a compacted or aborted stretch there are offsets without events; the end of it has none here."""
+    create_topic(cluster, topic)
+    producer = Producer({**cluster.client_config, "transactional.id": topic})
+    producer.init_transactions(20)
+    for abort in (False, True):
+        producer.begin_transaction()
+        producer.produce(topic, b'{"number": %d}' % abort)
+        producer.flush(10)
+        producer.abort_transaction() if abort else producer.commit_transaction()
+    # Offsets: 0 an event, 1 its commit marker, 2 an aborted event, 3 its marker.
+    consumer = scripts.consumer("-t", topic, "--to-offset", 3)
+    assert consumer.wait() == 0
+    assert numbers(consumer.lines) == [0]
+
+
+def test_verbose(scripts, cluster, topic):
+    produce(cluster, topic, [{"value": "{}", "key": "k", "timestamp": 1_600_000_000_123}, {"value": "[]"}])
+    consumer = scripts.consumer("-t", topic, "-e", "-v", "--from-offset", "beginning")
+    assert consumer.wait() == 0
+    first, second = consumer.lines
+    place, time, key, value = first.rsplit(" ", 3)
+    assert (place, key, value) == ("partition=0 offset=0", "key=k", "{}")
+    assert time.startswith("time=2020-09-1")
+    assert second.startswith("partition=0 offset=1 time=20")
+    assert second.endswith(" key=null []")
+
+
+PAYLOADS = {
+    b"plain": "plain",
+    "Zoë 東京 🎈".encode(): "Zoë 東京 🎈",
+    b"": "",
+    None: "null",
+    b"two\nlines\r\n": "two\\nlines\\r\\n",
+    b"\x1b[2Jclear\x07\x00": "\\x1b[2Jclear\\x07\\x00",
+    b"\xff\xfe broken \xc3": "\\xff\\xfe broken \\xc3",
+    "c1 \x9b31m next\x85line \u2028 \u202eevil".encode(): "c1 \\x9b31m next\\x85line \\u2028 \\u202eevil",
+    b'{"path": "C:\\\\x"}': '{"path": "C:\\\\x"}',
+}
+
+
+def test_one_line_for_each_event_whatever_it_holds(scripts, cluster, topic, group):
+    produce(cluster, topic, [{"value": value, "key": value} for value in PAYLOADS])
+    consumer = scripts.consumer("-t", topic, "-G", group, "-e")
+    assert consumer.wait() == 0
+    assert consumer.lines == list(PAYLOADS.values())
+    verbose = scripts.consumer("-t", topic, "-v", "-e", "-p", 0)
+    assert verbose.wait() == 0
+    assert [line.split("key=", 1)[1] for line in verbose.lines] == [f"{text} {text}" for text in PAYLOADS.values()]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(scripts, cluster, topic, group):
+    produce(cluster, topic, numbered(20000))
+    consumer = scripts.consumer("-t", topic, "-G", group, stdout=subprocess.PIPE)
+    assert numbers([consumer.process.stdout.readline()]) == [0]
+    consumer.process.stdout.close()
+    assert consumer.wait() == 0
+    assert "Broken" not in consumer.stderr
+    # What was not written is not lost: its offsets are not committed, and the next run prints it.
+    place = committed(cluster, topic, group) or 0
+    assert place < 20000
+    again = scripts.consumer("-t", topic, "-G", group, "-e")
+    assert again.wait() == 0
+    assert numbers(again.lines) == list(range(place, 20000))
+
+
+def test_events_reach_a_pipe_at_once(scripts, cluster, filled, group):
+    consumer = scripts.consumer("-t", filled, "-G", group, stdout=subprocess.PIPE)
+    assert [json.loads(consumer.process.stdout.readline())["number"] for _ in range(10)] == list(range(10))
+    produce(cluster, filled, [b"late"])
+    assert consumer.process.stdout.readline() == b"late\n"
+    assert consumer.end() == 0
+    consumer.process.stdout.close()
+
+
+def test_a_reader_that_stops_reading_does_not_stop_ctrl_c(scripts, cluster, topic, group):
+    produce(cluster, topic, [b"x" * 500_000])  # More than a pipe holds.
+    consumer = scripts.consumer("-t", topic, "-G", group, stdout=subprocess.PIPE)
+    assert consumer.process.stdout.read(1)
+    assert consumer.end(limit=3) == 1
+    assert "the next run may print some events again" in consumer.stderr
+    consumer.process.stdout.close()
+
+
+WRONG_CALLS = {
+    "unknown option": (["--wrong"], "--wrong"),
+    "offset is no number": (["--from-offset", "x"], "x"),
+    "negative end": (["--to-offset", "-1"], "-1"),
+    "end before start": (["--from-offset", "5", "--to-offset", "3"], "--to-offset"),
+    "negative partition": (["-p", "-1"], "-1"),
+    "no number": (["-c", "many"], "many"),
+    "missing config": (["-F", "no-such-file"], "no-such-file"),
+    "unknown property": (["-F", "unknown.properties"], "no.such.property"),
+    "line without =": (["-F", "line.properties"], "line 2"),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_wrong_calls(scripts, topic, options, named):
+    (scripts.folder / "unknown.properties").write_text("no.such.property=1")
+    (scripts.folder / "line.properties").write_text("client.id=x\nsasl.password secret")
+    consumer = scripts.consumer("-t", topic, *options)
+    assert consumer.wait() == 2
+    assert consumer.stdout == ""
+    assert len(consumer.stderr.splitlines()) == 1
+    assert consumer.stderr.startswith("kafka_consumer.py: ")
+    assert named in consumer.stderr
+    assert "secret" not in consumer.stderr
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, filled, group):
+    config = scripts.folder / "client.properties"
+    config.write_text(
+        f"bootstrap.servers={cluster.bootstrap_servers}\ngroup.id={group}\n"
+        # These would break the promise that an offset is stored only after its event was printed.
+        "enable.auto.offset.store=true\nenable.partition.eof=false\n"
+    )
+    consumer = scripts.consumer("-t", filled, "-F", config, "-c", 4, servers=None)
+    assert consumer.wait() == 0
+    assert committed(cluster, filled, group) == 4
+    config.write_text(f"bootstrap.servers=localhost:1\ngroup.id=other-{group}\n")
+    assert scripts.consumer("-t", filled, "-F", config, "-G", group, "-e").wait() == 0
+    assert committed(cluster, filled, group) == 10
+
+
+def test_exit_without_a_topic(scripts, topic):
+    consumer = scripts.consumer("-t", topic, "--exit")
+    assert consumer.wait() == 1
+    assert consumer.stderr.splitlines()[-1].startswith(f"kafka_consumer.py: can't read topic {topic}")
+
+
+def test_available_topics(scripts, filled):
+    consumer = scripts.consumer("-t", filled, "--exit", "-p", 0)
+    assert consumer.wait() == 0
+    (line,) = [line for line in consumer.stderr.splitlines() if line.startswith("Available topics to consume: ")]
+    assert filled in line.removeprefix("Available topics to consume: ").split(", ")
+
+
+def test_help(scripts):
+    consumer = scripts.consumer("--help")
+    assert consumer.wait() == 0
+    options = "-b -t -F -G -p -c -e -v --from-offset --to-offset"
+    for option in options.split():
+        assert option in consumer.stdout
+    for default in ("localhost:9092", "user-tracker", "python-consumer"):
+        assert f"default: {default}" in " ".join(consumer.stdout.split())
+    assert consumer.stdout.count("python kafka_consumer.py") == 2
+    assert "exit status: 0 done" in consumer.stdout

@@ -1,0 +1,176 @@
+"""The producer's options, messages and exit statuses."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, create_topic, read_topic
+
+
+def delivered(producer):
+    """The count in the producer's closing line."""
+    return int(producer.lines[-1].split()[1])
+
+
+def test_count_0_goes_on_until_ctrl_c(scripts, cluster, topic):
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.01)
+    producer.wait_for_lines(20)
+    assert producer.end(signal.SIGINT) == 130
+    assert delivered(producer) == len(read_topic(cluster, topic)) >= 19
+    assert len(scripts.log.read_text().splitlines()) == delivered(producer)
+
+
+def test_sigterm_ends_as_ctrl_c_does(scripts, cluster, topic):
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0)
+    producer.wait_for_lines(1000)
+    assert producer.end(signal.SIGTERM) == 130
+    assert delivered(producer) == len(read_topic(cluster, topic)) == len(producer.lines) - 2
+
+
+def test_ctrl_c_during_a_long_interval(scripts, topic):
+    producer = scripts.producer("-t", topic, "--interval", 3600)
+    producer.wait_for_lines(2)
+    assert producer.end(limit=2) == 130
+
+
+def test_log_file_and_quiet(scripts, cluster, topic):
+    assert scripts.producer("-t", topic, "-c", 50, "-i", 0, "-q", "--log-file", "other.log").wait() == 0
+    assert not scripts.log.exists()
+    log = (scripts.folder / "other.log").read_text().splitlines()
+    assert len(log) == 50
+    assert scripts.folder.joinpath("producer-0.out").read_text().splitlines() == [
+        "Kafka Producer has been initiated...",
+        f"Delivered 50 events to topic {topic}, 0 failed.",
+    ]
+    assert all(record.value.decode() in line for record, line in zip(read_topic(cluster, topic), log, strict=True))
+
+
+def test_quiet_counts_on_a_terminal(scripts, cluster, topic):
+    terminal, inner = pty.openpty()
+    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-c", "20", "-i", "0.01", "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "kafka_producer.py", *options],
+        cwd=scripts.folder,
+        stdout=subprocess.PIPE,
+        stderr=inner,
+    )
+    os.close(inner)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1000):
+            shown += chunk
+    except OSError:  # Linux reports the end of a terminal like this.
+        pass
+    assert process.communicate(timeout=10) and process.returncode == 0
+    assert b"20 delivered\r" in shown
+
+
+def test_accents_stay_readable(scripts, cluster, topic):
+    assert scripts.producer("-t", topic, "-c", 50, "-i", 0, "--locale", "fr_FR", "--seed", 1).wait() == 0
+    text = b"".join(record.value for record in read_topic(cluster, topic)).decode()
+    assert any(letter in text for letter in "éèçô")
+    assert "\\u" not in text
+    assert any(letter in scripts.log.read_text() for letter in "éèçô")
+
+
+def test_a_seed_makes_the_same_people(scripts, cluster, topic):
+    for _ in range(2):
+        assert scripts.producer("-t", topic, "-c", 5, "-i", 0, "--seed", 7).wait() == 0
+    people = [json.loads(record.value) for record in read_topic(cluster, topic)]
+    for person in people:
+        del person["signup_at"]  # It depends on the day.
+    assert people[:5] == people[5:]
+    assert people[0] != people[1]
+
+
+def test_a_full_local_queue_is_waited_for(scripts, cluster, topic):
+    config = scripts.folder / "small.properties"
+    config.write_text("# a queue of ten\nqueue.buffering.max.messages = 10\n\nlinger.ms=20\n")
+    assert scripts.producer("-t", topic, "-c", 300, "-i", 0, "-F", config).wait() == 0
+    assert len(read_topic(cluster, topic)) == 300
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, topic):
+    config = scripts.folder / "client.properties"
+    config.write_text(f"bootstrap.servers={cluster.bootstrap_servers}\ncompression.type=gzip\n")
+    assert scripts.producer("-t", topic, "-c", 2, "-i", 0, "-F", config, servers=None).wait() == 0
+    assert len(read_topic(cluster, topic)) == 2
+    for name in ("bootstrap.servers", "metadata.broker.list"):
+        config.write_text(f"{name}=localhost:1\n")
+        assert scripts.producer("-t", topic, "-c", 1, "-i", 0, "-F", config).wait() == 0
+    assert len(read_topic(cluster, topic)) == 4
+
+
+WRONG_CALLS = {
+    "unknown option": (["--wrong"], "--wrong"),
+    "count is no number": (["-c", "ten"], "ten"),
+    "negative count": (["-c", "-1"], "-1"),
+    "negative interval": (["-i", "-1"], "-1"),
+    "endless interval": (["-i", "inf"], "inf"),
+    "no interval": (["-i", "nan"], "nan"),
+    "unknown locale": (["--locale", "xx_XX"], "xx_XX"),
+    "missing config": (["-F", "no-such-file"], "no-such-file"),
+    "config is a folder": (["-F", "."], "directory"),
+    "unknown property": (["-F", "unknown.properties"], "no.such.property"),
+    "bad value": (["-F", "value.properties"], "acks"),
+    "contradiction": (["-F", "contradiction.properties"], "acks"),
+    "line without =": (["-F", "line.properties"], "line 2"),
+    "not text": (["-F", "bytes.properties"], "bytes.properties"),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_wrong_calls(scripts, cluster, topic, options, named):
+    create_topic(cluster, topic)
+    for name, text in {
+        "unknown": b"no.such.property=1",
+        "value": b"acks=some",
+        "contradiction": b"acks=0",
+        "line": b"acks=all\nsasl.password secret",
+        "bytes": b"\xff\xfe=1",
+    }.items():
+        (scripts.folder / f"{name}.properties").write_bytes(text)
+    producer = scripts.producer("-t", topic, *options)
+    assert producer.wait() == 2
+    assert producer.stdout == ""
+    assert len(producer.stderr.splitlines()) == 1
+    assert producer.stderr.startswith("kafka_producer.py: ")
+    assert named in producer.stderr
+    assert "secret" not in producer.stderr
+    assert read_topic(cluster, topic) == []
+
+
+def test_a_log_file_that_cannot_be_opened(scripts, cluster, topic):
+    create_topic(cluster, topic)
+    for path in (".", "no-such-folder/producer.log"):
+        producer = scripts.producer("-t", topic, "--log-file", path)
+        assert producer.wait() == 1
+        assert len(producer.stderr.splitlines()) == 1
+        assert path in producer.stderr
+    assert read_topic(cluster, topic) == []
+
+
+def test_help(scripts):
+    producer = scripts.producer("--help")
+    assert producer.wait() == 0
+    for option in ["-b", "-t", "-c", "-i", "-F", "-q", "--log-file", "--locale", "--seed"]:
+        assert option in producer.stdout
+    for default in ("localhost:9092", "user-tracker", "10", "1.0", "producer.log", "en_US"):
+        assert f"default: {default}" in " ".join(producer.stdout.split())
+    assert producer.stdout.count("python kafka_producer.py") == 2
+    assert "130 interrupted" in producer.stdout
+
+
+def test_closed_pipe(scripts, cluster, topic):
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0, stdout=subprocess.PIPE)
+    assert producer.process.stdout.readline() == b"Kafka Producer has been initiated...\n"
+    producer.process.stdout.close()
+    assert producer.wait() == 1
+    assert producer.stderr.splitlines()[-1].startswith("kafka_producer.py: can't write to standard output")
+    # Whatever was accepted by then was delivered and is in the log.
+    log = scripts.log.read_text().splitlines()
+    assert len(read_topic(cluster, topic)) == len(log) > 0
