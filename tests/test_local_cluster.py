@@ -36,13 +36,8 @@ def port():
 
 def run(port, *command):
     """Runs the program for a port and returns (exit status, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, PROGRAM, "--port", str(port), *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words = [sys.executable, PROGRAM, "--port", str(port), *command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 

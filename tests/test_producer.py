@@ -65,7 +65,8 @@ def test_quiet_counts_on_a_terminal(scripts, cluster, topic):
             shown += chunk
     except OSError:  # Linux reports the end of a terminal like this.
         pass
-    assert process.communicate(timeout=10) and process.returncode == 0
+    process.communicate(timeout=10)
+    assert process.returncode == 0
     assert b"20 delivered\r" in shown
 
 
