@@ -32,7 +32,7 @@ DEFAULTS = {
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.TOPIC_EXCEPTION]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED]
-HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
+HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
 
 # What could break the line or steer the terminal: control characters, line separators, changes of direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

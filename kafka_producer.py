@@ -30,7 +30,7 @@ DEFAULTS = {
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
-HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
+HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
 
 
 class ReportingProducer:
@@ -256,10 +256,10 @@ def main():
     except OSError as error:
         sys.exit(f"kafka_producer.py: can't open the log file {args.log_file}: {error.strerror}")
 
+    producer.write(producer.stdout, "Kafka Producer has been initiated...\n")
     producer.connect()
     signal.signal(signal.SIGINT, producer.on_interrupt)
     signal.signal(signal.SIGTERM, producer.on_interrupt)
-    producer.write(producer.stdout, "Kafka Producer has been initiated...\n")
     start = time.monotonic()
     for number in range(args.count) if args.count else itertools.count():
         # Counted from the start, so that the time an event takes does not delay the next ones.
