@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 
+if sys.stderr is None:  # It was closed, by 2>&-, and print() would take standard output instead.
+    sys.stderr = open(os.devnull, "w")
 # While the packages load nothing is at stake: a signal ends the program, without a stack trace.
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 for number in SIGNALS:
@@ -12,7 +15,6 @@ import argparse
 import contextlib
 import math
 import re
-import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -40,7 +42,8 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 
 def tell(text):
     # Standard output is for the events alone, so that other programs can read them from a pipe.
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # What standard error can't take is no reason to stop.
+        print(text, file=sys.stderr)
 
 
 class PrintingConsumer:

@@ -2,15 +2,18 @@
 
 import os
 import signal
+import sys
 
+if sys.stderr is None:  # It was closed, by 2>&-, and print() would take standard output instead.
+    sys.stderr = open(os.devnull, "w")
 # While the packages load nothing is at stake: Ctrl-C ends the program, without a stack trace.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
-import sys
 import time
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -31,6 +34,11 @@ DEFAULTS = {
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
 HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
+
+
+def tell(text, end="\n"):
+    with contextlib.suppress(OSError):  # What standard error can't take is no reason to stop.
+        print(text, end=end, file=sys.stderr)
 
 
 class ReportingProducer:
@@ -73,7 +81,7 @@ class ReportingProducer:
                 sys.exit(f"kafka_producer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
-                print(f"Trying for {limit} s: {problem}", file=sys.stderr)
+                tell(f"Trying for {limit} s: {problem}")
             time.sleep(0.05)
 
     def send(self, key, value):
@@ -99,14 +107,14 @@ class ReportingProducer:
             elif now - self.last_delivery > 2 and not self.stalled:
                 self.stalled = True
                 reason = self.last_error.str() if self.last_error else "no answer"
-                print(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}", file=sys.stderr)
+                tell(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}")
             if now >= end or self.ending:
                 return
 
     def finish(self):
         """Returns when every event is delivered or failed, which takes delivery.timeout.ms at most."""
         if self.ending and len(self.producer):
-            print(f"Ending: waiting for {len(self.producer)} deliveries. Ctrl-C gives them up.", file=sys.stderr)
+            tell(f"Ending: waiting for {len(self.producer)} deliveries. Ctrl-C gives them up.")
         while len(self.producer):
             self.serve(0.25)
         self.write(self.stdout, f"Delivered {self.delivered} events to topic {self.topic}, {self.failed} failed.\n")
@@ -118,7 +126,7 @@ class ReportingProducer:
             self.failed += 1
             line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
             if self.failed == 1 or not self.quiet:
-                print(line, file=sys.stderr)
+                tell(line)
         else:
             self.delivered += 1
             self.last_delivery = time.monotonic()
@@ -126,7 +134,7 @@ class ReportingProducer:
             line = f"Produced message on topic {self.topic} with value of {value}, {place}"
             if self.stalled:
                 self.stalled = False
-                print("Delivering again.", file=sys.stderr)
+                tell("Delivering again.")
         self.lines.append((line, error))
 
     def on_error(self, error):
@@ -149,7 +157,7 @@ class ReportingProducer:
         if not self.quiet:
             self.write(self.stdout, "".join(f"{line}\n" for line, error in lines if not error))
         elif sys.stderr.isatty():
-            print(f"{self.delivered} delivered", end="\r", file=sys.stderr)
+            tell(f"{self.delivered} delivered", end="\r")
 
     def write(self, file, text):
         data = text.encode()
