@@ -32,7 +32,7 @@ DEFAULTS = {
     "log_level": "0",
 }
 # Trying again does not help against these. Everything else may be a broker that is just starting.
-HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.TOPIC_EXCEPTION]
+HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._FATAL, KafkaError.TOPIC_EXCEPTION]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED]
 HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
 
@@ -162,7 +162,7 @@ class PrintingConsumer:
                 self.consumer.store_offsets(message=message)
 
     def handle_error(self, error):
-        if error.code() in HOPELESS or error.fatal():
+        if error.code() in HOPELESS:
             self.ending = f"can't read topic {self.topic} at {self.servers}: {error.str()}"
         elif error.code() != KafkaError._PARTITION_EOF:
             tell(f"Waiting: {error.str()}")
@@ -315,11 +315,14 @@ def main():
         signal.signal(number, consumer.on_signal)
     if args.partition not in [None, *partitions]:
         sys.exit(f"kafka_consumer.py: topic {args.topic} has partitions {partitions}, and not {args.partition}")
-    if args.stretch:
-        consumer.take_stretch(partitions if args.partition is None else [args.partition])
-    else:
-        consumer.join_group()
-    consumer.run()
+    try:
+        if args.stretch:
+            consumer.take_stretch(partitions if args.partition is None else [args.partition])
+        else:
+            consumer.join_group()
+        consumer.run()
+    except KafkaException as exception:  # No answer about the offsets, or a fatal error, which poll() raises.
+        consumer.ending = f"can't read topic {args.topic} at {consumer.servers}: {exception.args[0].str()}"
     consumer.end_within(10)
     consumer.consumer.close()
     tell(f"Printed {consumer.printed} events.")

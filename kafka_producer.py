@@ -92,14 +92,19 @@ class ReportingProducer:
             except BufferError:  # The local queue is full, and deliveries make room in it.
                 self.serve(0.1)
             except KafkaException as exception:  # It was refused: too large, for example.
-                self.ending = exception.args[0].str()
+                self.fail(value, exception.args[0])
+                self.serve(0.1)  # After a fatal error, which makes it refuse all, this hears the reason.
+                self.give_up(exception.args[0])
 
     def serve(self, seconds):
         """Handles the delivery reports of so many seconds; with 0 those that are there."""
         end = time.monotonic() + seconds
         while True:
-            # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
-            self.producer.poll(min(max(end - time.monotonic(), 0), 0.25))
+            try:
+                # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
+                self.producer.poll(min(max(end - time.monotonic(), 0), 0.25))
+            except KafkaException as exception:  # It is fatal: the library sends nothing any more.
+                self.give_up(exception.args[0])
             self.write_lines()
             now = time.monotonic()
             if not len(self.producer):
@@ -123,19 +128,27 @@ class ReportingProducer:
         """Takes the delivery report of one event."""
         value = message.value().decode()
         if error:
-            self.failed += 1
-            line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
-            if self.failed == 1 or not self.quiet:
-                tell(line)
-        else:
-            self.delivered += 1
-            self.last_delivery = time.monotonic()
-            place = f"partition {message.partition()}, offset {message.offset()}"
-            line = f"Produced message on topic {self.topic} with value of {value}, {place}"
-            if self.stalled:
-                self.stalled = False
-                tell("Delivering again.")
+            return self.fail(value, error)
+        self.delivered += 1
+        self.last_delivery = time.monotonic()
+        place = f"partition {message.partition()}, offset {message.offset()}"
+        self.lines.append((f"Produced message on topic {self.topic} with value of {value}, {place}", error))
+        if self.stalled:
+            self.stalled = False
+            tell("Delivering again.")
+
+    def fail(self, value, error):
+        """Takes an event that is not delivered, and never will be."""
+        self.failed += 1
+        line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
+        if self.failed == 1 or not self.quiet:
+            tell(line)
         self.lines.append((line, error))
+        if error.code() in HOPELESS:
+            self.give_up(error)
+
+    def give_up(self, error):
+        self.ending = self.ending or f"can't write to topic {self.topic} at {self.servers}: {error.str()}"
 
     def on_error(self, error):
         # That all brokers are down only follows from what was said of each.
