@@ -35,6 +35,9 @@ DEFAULTS = {
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._FATAL, KafkaError.TOPIC_EXCEPTION]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED]
 HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
+TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
+# What it means when connections are made, and then closed or left without an answer.
+NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
 
 # What could break the line or steer the terminal: control characters, line separators, changes of direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -71,8 +74,9 @@ class PrintingConsumer:
                 return self.consumer.list_topics(topic, timeout=1).topics
             except KafkaException as exception:
                 self.consumer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or exception.args[0]
-            problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{HINT}"
+                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
+            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
+            problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
             if error.code() in HOPELESS or seconds > limit - 1:
                 sys.exit(f"kafka_consumer.py: {problem}")

@@ -34,6 +34,9 @@ DEFAULTS = {
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
 HINT = "Check the address and --config. A local cluster is started by: docker compose up -d --wait"
+TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
+# What it means when connections are made, and then closed or left without an answer.
+NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
 
 
 def tell(text, end="\n"):
@@ -72,10 +75,11 @@ class ReportingProducer:
                 error = self.producer.list_topics(self.topic, timeout=1).topics[self.topic].error
             except KafkaException as exception:
                 self.producer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or exception.args[0]
+                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
             if error is None:
                 return
-            problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{HINT}"
+            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
+            problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
             if error.code() in HOPELESS or seconds > limit - 1:
                 sys.exit(f"kafka_producer.py: {problem}")
