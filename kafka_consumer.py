@@ -78,7 +78,8 @@ class PrintingConsumer:
             hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
             problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
-            if error.code() in HOPELESS or seconds > limit - 1:
+            # The next try may take a second, and the start of Python took up to one.
+            if error.code() in HOPELESS or seconds > limit - 2:
                 sys.exit(f"kafka_consumer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True

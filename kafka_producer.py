@@ -81,7 +81,8 @@ class ReportingProducer:
             hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
             problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
-            if error.code() in HOPELESS or seconds > limit - 1:
+            # The next try may take a second, and the start of Python took up to one.
+            if error.code() in HOPELESS or seconds > limit - 2:
                 sys.exit(f"kafka_producer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
