@@ -206,7 +206,7 @@ def read_config(path):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             key, equals, value = map(str.strip, line.partition("="))
-            if key and equals and not key.startswith("#"):
+            if equals and key.replace(".", "_").isidentifier():
                 # metadata.broker.list is the older name, and must not win against --bootstrap-servers.
                 config["bootstrap.servers" if key == "metadata.broker.list" else key] = value
             elif line.strip() and not key.startswith("#"):
