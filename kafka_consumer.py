@@ -290,6 +290,8 @@ exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call""",
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, time and key before each event")
     args = parser.parse_args()
+    # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
+    args.topic = args.topic.encode(errors="backslashreplace").decode()
     args.stretch = args.partition is not None or args.from_offset is not None or args.to_offset < math.inf
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
     if args.first_offset > args.to_offset:

@@ -257,6 +257,8 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add("--seed", type=int, metavar="N", help="make the same people each time (default: others each time)")
     add("-q", "--quiet", action="store_true", help="no line per event here; the log file has them (default: off)")
     args = parser.parse_args()
+    # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
+    args.topic = args.topic.encode(errors="backslashreplace").decode()
     return args, parser
 
 
