@@ -143,9 +143,10 @@ class PrintingConsumer:
         lines, last = [], {}
         for message in messages:
             partition, offset, error = message.partition(), message.offset(), message.error()
-            if error:
+            if error and error.code() != KafkaError._PARTITION_EOF:
                 self.handle_error(error)
-            elif self.args.first_offset <= offset <= self.args.to_offset:
+                continue
+            if not error and self.args.first_offset <= offset <= self.args.to_offset:
                 lines.append(self.line(message))
                 last[partition] = message
             # At the end of a partition the error has the offset of the event to come.
@@ -167,9 +168,11 @@ class PrintingConsumer:
                 self.consumer.store_offsets(message=message)
 
     def handle_error(self, error):
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED and self.args.stretch:
+            return  # The library asks for the group without need.
         if error.code() in HOPELESS:
             self.ending = f"can't read topic {self.topic} at {self.servers}: {error.str()}"
-        elif error.code() != KafkaError._PARTITION_EOF:
+        else:
             tell(f"Waiting: {error.str()}")
 
     def on_error(self, error):
