@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
 
+if sys.stderr is None:  # It was closed, by 2>&-, and print() would take standard output instead.
+    sys.stderr = open(os.devnull, "w")
 # While the packages load nothing is at stake: a signal ends the program, without a stack trace.
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 for number in SIGNALS:
@@ -12,7 +15,6 @@ import argparse
 import contextlib
 import math
 import re
-import sys
 import threading
 import time
 from datetime import datetime, timezone
@@ -30,9 +32,12 @@ DEFAULTS = {
     "log_level": "0",
 }
 # Trying again does not help against these. Everything else may be a broker that is just starting.
-HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.TOPIC_EXCEPTION]
+HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._FATAL, KafkaError.TOPIC_EXCEPTION]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED]
 HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
+TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
+# What it means when connections are made, and then closed or left without an answer.
+NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
 
 # What could break the line or steer the terminal: control characters, line separators, changes of direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -40,7 +45,8 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 
 def tell(text):
     # Standard output is for the events alone, so that other programs can read them from a pipe.
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # What standard error can't take is no reason to stop.
+        print(text, file=sys.stderr)
 
 
 class PrintingConsumer:
@@ -68,10 +74,12 @@ class PrintingConsumer:
                 return self.consumer.list_topics(topic, timeout=1).topics
             except KafkaException as exception:
                 self.consumer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or exception.args[0]
-            problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{HINT}"
+                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
+            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
+            problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
-            if error.code() in HOPELESS or seconds > limit - 1:
+            # The next try may take a second, and the start of Python took up to one.
+            if error.code() in HOPELESS or seconds > limit - 2:
                 sys.exit(f"kafka_consumer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
@@ -135,9 +143,10 @@ class PrintingConsumer:
         lines, last = [], {}
         for message in messages:
             partition, offset, error = message.partition(), message.offset(), message.error()
-            if error:
+            if error and error.code() != KafkaError._PARTITION_EOF:
                 self.handle_error(error)
-            elif self.args.first_offset <= offset <= self.args.to_offset:
+                continue
+            if not error and self.args.first_offset <= offset <= self.args.to_offset:
                 lines.append(self.line(message))
                 last[partition] = message
             # At the end of a partition the error has the offset of the event to come.
@@ -159,9 +168,11 @@ class PrintingConsumer:
                 self.consumer.store_offsets(message=message)
 
     def handle_error(self, error):
-        if error.code() in HOPELESS or error.fatal():
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED and self.args.stretch:
+            return  # The library asks for the group without need.
+        if error.code() in HOPELESS:
             self.ending = f"can't read topic {self.topic} at {self.servers}: {error.str()}"
-        elif error.code() != KafkaError._PARTITION_EOF:
+        else:
             tell(f"Waiting: {error.str()}")
 
     def on_error(self, error):
@@ -237,7 +248,7 @@ def read_config(path):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             key, equals, value = map(str.strip, line.partition("="))
-            if key and equals and not key.startswith("#"):
+            if equals and key.replace(".", "_").isidentifier():
                 # metadata.broker.list is the older name, and must not win against --bootstrap-servers.
                 config["bootstrap.servers" if key == "metadata.broker.list" else key] = value
             elif line.strip() and not key.startswith("#"):
@@ -282,6 +293,8 @@ exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call""",
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, time and key before each event")
     args = parser.parse_args()
+    # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
+    args.topic = args.topic.encode(errors="backslashreplace").decode()
     args.stretch = args.partition is not None or args.from_offset is not None or args.to_offset < math.inf
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
     if args.first_offset > args.to_offset:
@@ -312,11 +325,14 @@ def main():
         signal.signal(number, consumer.on_signal)
     if args.partition not in [None, *partitions]:
         sys.exit(f"kafka_consumer.py: topic {args.topic} has partitions {partitions}, and not {args.partition}")
-    if args.stretch:
-        consumer.take_stretch(partitions if args.partition is None else [args.partition])
-    else:
-        consumer.join_group()
-    consumer.run()
+    try:
+        if args.stretch:
+            consumer.take_stretch(partitions if args.partition is None else [args.partition])
+        else:
+            consumer.join_group()
+        consumer.run()
+    except KafkaException as exception:  # No answer about the offsets, or a fatal error, which poll() raises.
+        consumer.ending = f"can't read topic {args.topic} at {consumer.servers}: {exception.args[0].str()}"
     consumer.end_within(10)
     consumer.consumer.close()
     tell(f"Printed {consumer.printed} events.")

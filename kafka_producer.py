@@ -2,15 +2,18 @@
 
 import os
 import signal
+import sys
 
+if sys.stderr is None:  # It was closed, by 2>&-, and print() would take standard output instead.
+    sys.stderr = open(os.devnull, "w")
 # While the packages load nothing is at stake: Ctrl-C ends the program, without a stack trace.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
-import sys
 import time
 
 from confluent_kafka import KafkaError, KafkaException, Producer
@@ -31,6 +34,14 @@ DEFAULTS = {
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
 HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
+TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
+# What it means when connections are made, and then closed or left without an answer.
+NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
+
+
+def tell(text, end="\n"):
+    with contextlib.suppress(OSError):  # What standard error can't take is no reason to stop.
+        print(text, end=end, file=sys.stderr)
 
 
 class ReportingProducer:
@@ -64,16 +75,18 @@ class ReportingProducer:
                 error = self.producer.list_topics(self.topic, timeout=1).topics[self.topic].error
             except KafkaException as exception:
                 self.producer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or exception.args[0]
+                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
             if error is None:
                 return
-            problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{HINT}"
+            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
+            problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{hint}"
             seconds = time.monotonic() - start
-            if error.code() in HOPELESS or seconds > limit - 1:
+            # The next try may take a second, and the start of Python took up to one.
+            if error.code() in HOPELESS or seconds > limit - 2:
                 sys.exit(f"kafka_producer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
-                print(f"Trying for {limit} s: {problem}", file=sys.stderr)
+                tell(f"Trying for {limit} s: {problem}")
             time.sleep(0.05)
 
     def send(self, key, value):
@@ -84,14 +97,19 @@ class ReportingProducer:
             except BufferError:  # The local queue is full, and deliveries make room in it.
                 self.serve(0.1)
             except KafkaException as exception:  # It was refused: too large, for example.
-                self.ending = exception.args[0].str()
+                self.fail(value, exception.args[0])
+                self.serve(0.1)  # After a fatal error, which makes it refuse all, this hears the reason.
+                self.give_up(exception.args[0])
 
     def serve(self, seconds):
         """Handles the delivery reports of so many seconds; with 0 those that are there."""
         end = time.monotonic() + seconds
         while True:
-            # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
-            self.producer.poll(min(max(end - time.monotonic(), 0), 0.25))
+            try:
+                # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
+                self.producer.poll(min(max(end - time.monotonic(), 0), 0.25))
+            except KafkaException as exception:  # It is fatal: the library sends nothing any more.
+                self.give_up(exception.args[0])
             self.write_lines()
             now = time.monotonic()
             if not len(self.producer):
@@ -99,14 +117,14 @@ class ReportingProducer:
             elif now - self.last_delivery > 2 and not self.stalled:
                 self.stalled = True
                 reason = self.last_error.str() if self.last_error else "no answer"
-                print(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}", file=sys.stderr)
+                tell(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}")
             if now >= end or self.ending:
                 return
 
     def finish(self):
         """Returns when every event is delivered or failed, which takes delivery.timeout.ms at most."""
         if self.ending and len(self.producer):
-            print(f"Ending: waiting for {len(self.producer)} deliveries. Ctrl-C gives them up.", file=sys.stderr)
+            tell(f"Ending: waiting for {len(self.producer)} deliveries. Ctrl-C gives them up.")
         while len(self.producer):
             self.serve(0.25)
         self.write(self.stdout, f"Delivered {self.delivered} events to topic {self.topic}, {self.failed} failed.\n")
@@ -115,19 +133,27 @@ class ReportingProducer:
         """Takes the delivery report of one event."""
         value = message.value().decode()
         if error:
-            self.failed += 1
-            line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
-            if self.failed == 1 or not self.quiet:
-                print(line, file=sys.stderr)
-        else:
-            self.delivered += 1
-            self.last_delivery = time.monotonic()
-            place = f"partition {message.partition()}, offset {message.offset()}"
-            line = f"Produced message on topic {self.topic} with value of {value}, {place}"
-            if self.stalled:
-                self.stalled = False
-                print("Delivering again.", file=sys.stderr)
+            return self.fail(value, error)
+        self.delivered += 1
+        self.last_delivery = time.monotonic()
+        place = f"partition {message.partition()}, offset {message.offset()}"
+        self.lines.append((f"Produced message on topic {self.topic} with value of {value}, {place}", error))
+        if self.stalled:
+            self.stalled = False
+            tell("Delivering again.")
+
+    def fail(self, value, error):
+        """Takes an event that is not delivered, and never will be."""
+        self.failed += 1
+        line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
+        if self.failed == 1 or not self.quiet:
+            tell(line)
         self.lines.append((line, error))
+        if error.code() in HOPELESS:
+            self.give_up(error)
+
+    def give_up(self, error):
+        self.ending = self.ending or f"can't write to topic {self.topic} at {self.servers}: {error.str()}"
 
     def on_error(self, error):
         # That all brokers are down only follows from what was said of each.
@@ -149,7 +175,7 @@ class ReportingProducer:
         if not self.quiet:
             self.write(self.stdout, "".join(f"{line}\n" for line, error in lines if not error))
         elif sys.stderr.isatty():
-            print(f"{self.delivered} delivered", end="\r", file=sys.stderr)
+            tell(f"{self.delivered} delivered", end="\r")
 
     def write(self, file, text):
         data = text.encode()
@@ -180,7 +206,7 @@ def read_config(path):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             key, equals, value = map(str.strip, line.partition("="))
-            if key and equals and not key.startswith("#"):
+            if equals and key.replace(".", "_").isidentifier():
                 # metadata.broker.list is the older name, and must not win against --bootstrap-servers.
                 config["bootstrap.servers" if key == "metadata.broker.list" else key] = value
             elif line.strip() and not key.startswith("#"):
@@ -231,6 +257,8 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add("--seed", type=int, metavar="N", help="make the same people each time (default: others each time)")
     add("-q", "--quiet", action="store_true", help="no line per event here; the log file has them (default: off)")
     args = parser.parse_args()
+    # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
+    args.topic = args.topic.encode(errors="backslashreplace").decode()
     return args, parser
 
 

@@ -36,17 +36,21 @@ def wait_until(condition, what, limit=20):
 
 
 class Script:
-    """kafka_producer.py or kafka_consumer.py as a process in a folder of its own, its output in files."""
+    """kafka_producer.py or kafka_consumer.py as a process in a folder of its own, its output in files.
 
-    def __init__(self, folder, name, options, stdout=None, stdin=subprocess.DEVNULL):
+    shell: what a shell does to start it, 'exec "$@" >&-' for example.
+    """
+
+    def __init__(self, folder, name, options, stdout=None, stdin=subprocess.DEVNULL, shell=None):
         self.name = name
         self.folder = folder
         number = len(list(folder.glob("*.err")))
         self.stdout_file = folder / f"{name}-{number}.out"
         self.stderr_file = folder / f"{name}-{number}.err"
+        command = [sys.executable, ROOT / f"kafka_{name}.py", *map(str, options)]
         with self.stdout_file.open("wb") as out, self.stderr_file.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / f"kafka_{name}.py", *map(str, options)],
+                ["sh", "-c", shell, "sh", *command] if shell else command,
                 cwd=folder,
                 stdin=stdin,
                 stdout=stdout or out,

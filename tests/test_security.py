@@ -1,0 +1,309 @@
+"""TLS, passwords and rights, on a broker that asks for them; all that a client needs is in its --config file."""
+
+import contextlib
+import re
+import subprocess
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+import trustme
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
+from conftest import EXTERNAL, Script, create_topic, new_cluster, numbered, produce, read_topic, wait_until
+from cryptography.hazmat.primitives import serialization
+
+pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="another cluster is given")
+
+# Seconds until each failure has ended; the start of Python may take more of them on a busy machine.
+LIMIT, START = 30, 3
+
+
+def password():
+    return f"secret-{uuid.uuid4().hex}"
+
+
+PASSWORDS = {name: password() for name in ("admin", "alice", "walter", "reader", "nogroup", "nobody", "sam")}
+WRONG_PASSWORD = password()
+# User: [(name, right, kind)]. The admin may do everything.
+RIGHTS = {
+    "alice": [("*", AclOperation.ALL, ResourceType.TOPIC), ("*", AclOperation.ALL, ResourceType.GROUP)],
+    "sam": [("*", AclOperation.ALL, ResourceType.TOPIC), ("*", AclOperation.ALL, ResourceType.GROUP)],
+    # May write another topic, but only see the rest.
+    "walter": [
+        ("other", AclOperation.WRITE, ResourceType.TOPIC),
+        ("*", AclOperation.DESCRIBE, ResourceType.TOPIC),
+        ("*", AclOperation.ALL, ResourceType.GROUP),
+    ],
+    "reader": [("*", AclOperation.READ, ResourceType.TOPIC), ("*", AclOperation.ALL, ResourceType.GROUP)],
+    "nogroup": [("*", AclOperation.READ, ResourceType.TOPIC)],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with ca.pem, other-ca.pem and broker.pem, a key and a certificate for localhost."""
+    folder = tmp_path_factory.mktemp("certificates")
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    trustme.CA().cert_pem.write_to_path(folder / "other-ca.pem")
+    certificate = ca.issue_cert("localhost")
+    # Kafka wants the key as PKCS 8.
+    key = serialization.load_pem_private_key(certificate.private_key_pem.bytes(), None).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "broker.pem").write_bytes(key + b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    return folder
+
+
+def login(files, user, mechanism="PLAIN"):
+    """The librdkafka properties with which a user is let in."""
+    return {
+        "security.protocol": "sasl_ssl",
+        "ssl.ca.location": str(files / "ca.pem"),
+        "sasl.mechanism": mechanism,
+        "sasl.username": user,
+        "sasl.password": PASSWORDS.get(user, WRONG_PASSWORD),
+    }
+
+
+@pytest.fixture(scope="module")
+def own_cluster(files):
+    users = " ".join(f'user_{user}="{PASSWORDS[user]}"' for user in PASSWORDS if user != "sam")
+    settings = {
+        "listener.security.protocol.map": "HOST:SASL_SSL,CONTAINERS:PLAINTEXT",
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": files / "broker.pem",
+        "listener.name.host.sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256",
+        "listener.name.host.plain.sasl.jaas.config": (
+            f"org.apache.kafka.common.security.plain.PlainLoginModule required {users};"
+        ),
+        "listener.name.host.scram-sha-256.sasl.jaas.config": (
+            "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        ),
+        "authorizer.class.name": "kafka.security.authorizer.AclAuthorizer",
+        # The broker itself comes in without a name.
+        "super.users": "User:ANONYMOUS;User:admin",
+    }
+    with new_cluster(settings=settings, client=login(files, "admin")) as cluster:
+        admin = AdminClient(cluster.client_config)
+        credential = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4096)
+        upsertion = UserScramCredentialUpsertion("sam", credential, PASSWORDS["sam"].encode())
+        bindings = [
+            AclBinding(kind, name, ResourcePatternType.LITERAL, f"User:{user}", "*", right, AclPermissionType.ALLOW)
+            for user, rights in RIGHTS.items()
+            for name, right, kind in rights
+        ]
+        wishes = admin.alter_user_scram_credentials([upsertion]) | admin.create_acls(bindings)
+        for wish in wishes.values():
+            wish.result(20)
+        wait_until(
+            lambda: "sam" in admin.describe_user_scram_credentials().result(5), "the user sam, who is new to the broker"
+        )
+        create_topic(cluster, "other")
+        yield cluster
+
+
+@pytest.fixture
+def cluster(own_cluster):
+    return own_cluster
+
+
+def write(path, properties):
+    path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    return path
+
+
+def all_of(script):
+    """All that a script has written, as bytes."""
+    log = script.folder / "producer.log"
+    return (
+        script.stdout_file.read_bytes() + script.stderr_file.read_bytes() + (log.read_bytes() if log.exists() else b"")
+    )
+
+
+def assert_no_password(script):
+    for secret in [*PASSWORDS.values(), WRONG_PASSWORD]:
+        assert secret.encode() not in all_of(script)
+
+
+def assert_failed(script, seconds, expected):
+    """The script ended in time, with status 1 and a line that matches `expected`, and told no password."""
+    assert script.wait(0) == 1
+    errors = [line for line in script.stderr.splitlines() if line.startswith(f"kafka_{script.name}.py: ")]
+    print(f"{script.name} ended after at most {seconds:.1f} s: {errors}")
+    assert seconds < LIMIT + START
+    assert len(errors) == 1
+    assert re.search(expected, script.stderr), script.stderr
+    assert_no_password(script)
+
+
+def seconds_until_end(script, started):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        script.process.wait(LIMIT + START)
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plaintext(own_cluster, tmp_path_factory):
+    """Both scripts without a --config: started before the other tests, since they take 30 seconds to give up.
+
+    Yields [(Script, a Future of the seconds until its end)].
+    """
+    options = ["-b", own_cluster.bootstrap_servers, "-t", "other"]
+    pair = [Script(tmp_path_factory.mktemp(name), name, options) for name in ("producer", "consumer")]
+    with ThreadPoolExecutor() as pool:
+        yield [(script, pool.submit(seconds_until_end, script, time.monotonic())) for script in pair]
+        for script in pair:
+            script.process.kill()
+
+
+@pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
+def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
+    config = login(files, user, mechanism) | {"bootstrap.servers": cluster.bootstrap_servers}
+    path = write(scripts.folder / "client.properties", config)
+    producer = scripts.producer("-t", topic, "-c", 5, "-i", 0, "-F", path, servers=None)
+    assert producer.wait() == 0
+    consumer = scripts.consumer("-t", topic, "-G", group, "-F", path, servers=None)
+    lines = consumer.wait_for_lines(5)
+    process = psutil.Process(consumer.process.pid)
+    assert PASSWORDS[user] not in " ".join(process.cmdline())
+    assert PASSWORDS[user] not in str(process.environ())
+    assert consumer.end() == 0
+    login_of_kafka_python = {
+        "security_protocol": "SASL_SSL",
+        "ssl_cafile": str(files / "ca.pem"),
+        "sasl_mechanism": "PLAIN",
+        "sasl_plain_username": "admin",
+        "sasl_plain_password": PASSWORDS["admin"],
+    }
+    values = [record.value.decode() for record in read_topic(cluster, topic, **login_of_kafka_python)]
+    assert lines == values
+    assert len(values) == 5
+    for script in (producer, consumer):
+        assert_no_password(script)
+
+
+@pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
+def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user, mechanism):
+    config = login(files, user, mechanism) | {"log_level": 7, "debug": "all"}
+    path = write(scripts.folder / "client.properties", config)
+    producer = scripts.producer("-t", topic, "-c", 1, "-F", path)
+    assert producer.wait() == 0
+    assert "sasl.password = [redacted]" in producer.stderr
+    assert_no_password(producer)
+
+
+FAILURES = {
+    "wrong password, PLAIN": ({"sasl.password": WRONG_PASSWORD}, "Authentication failed: Invalid username or password"),
+    "wrong password, SCRAM": (
+        {"sasl.mechanism": "SCRAM-SHA-256", "sasl.username": "sam", "sasl.password": WRONG_PASSWORD},
+        "Authentication failed .* invalid credentials",
+    ),
+    "unknown user, PLAIN": ({"sasl.username": "eve"}, "Authentication failed: Invalid username or password"),
+    "unknown user, SCRAM": (
+        {"sasl.mechanism": "SCRAM-SHA-256", "sasl.username": "eve"},
+        "Authentication failed .* invalid credentials",
+    ),
+    "mechanism that is off": ({"sasl.mechanism": "SCRAM-SHA-512"}, "Unsupported SASL mechanism"),
+    "wrong CA": ({"ssl.ca.location": "other-ca.pem"}, r"certificate verify failed.*\n.* from a CA in ssl.ca.location"),
+    "wrong host name": ({"bootstrap.servers": "127.0.0.1"}, r"certificate verify failed.*\n.* for this host name"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), FAILURES.values(), ids=FAILURES)
+def test_who_is_not_let_in(scripts, cluster, files, topic, changes, expected):
+    config = login(files, "alice") | {"bootstrap.servers": cluster.bootstrap_servers} | changes
+    config["ssl.ca.location"] = files / config["ssl.ca.location"]
+    # The certificate is for localhost alone.
+    config["bootstrap.servers"] = config["bootstrap.servers"].replace("127.0.0.1", f"127.0.0.1:{cluster.ports[0]}")
+    path = write(scripts.folder / "client.properties", config)
+    started = time.monotonic()
+    pair = [start("-t", topic, "-F", path, servers=None) for start in (scripts.producer, scripts.consumer)]
+    for script in pair:
+        assert_failed(script, seconds_until_end(script, started), expected)
+        assert script.stdout == ""
+        assert config["bootstrap.servers"] in script.stderr
+    assert topic not in AdminClient(cluster.client_config).list_topics(timeout=10).topics
+
+
+DENIED = "Topic authorization failed"
+NO_RIGHTS = {
+    "write": ("producer", "walter", ["-c", 0], f"can't write to topic {{topic}} at .*{DENIED}"),
+    "write any topic": ("producer", "reader", ["-c", 0], "can't write to topic {topic} at .* authorization failed"),
+    "see, producer": ("producer", "nobody", [], f"can't write to topic {{topic}} at .*{DENIED}"),
+    "see, consumer": ("consumer", "nobody", [], f"can't read topic {{topic}} at .*{DENIED}"),
+    "read": ("consumer", "walter", [], f"can't read topic {{topic}} at .*{DENIED}"),
+    "read a stretch": ("consumer", "walter", ["-p", 0], f"can't read topic {{topic}} at .*{DENIED}"),
+    "use the group": ("consumer", "nogroup", [], "can't read topic {topic} at .*Group authorization failed"),
+}
+
+
+@pytest.mark.parametrize(("name", "user", "options", "expected"), NO_RIGHTS.values(), ids=NO_RIGHTS)
+def test_no_right_to(scripts, cluster, files, topic, name, user, options, expected):
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(3))
+    path = write(scripts.folder / "client.properties", login(files, user))
+    started = time.monotonic()
+    script = getattr(scripts, name)("-t", topic, "-F", path, *options)
+    assert_failed(script, seconds_until_end(script, started), expected.format(topic=topic))
+    assert "Produced message" not in script.stdout
+    assert "number" not in script.stdout
+
+
+def test_a_stretch_needs_no_right_to_a_group(scripts, cluster, files, topic):
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(3))
+    path = write(scripts.folder / "client.properties", login(files, "nogroup"))
+    consumer = scripts.consumer("-t", topic, "-F", path, "-p", 0, "-e")
+    assert consumer.wait() == 0
+    assert len(consumer.lines) == 3
+
+
+def test_all_listen_on_loopback_only(scripts, cluster, files, topic, group):
+    """The broker with TLS, ZooKeeper and both scripts."""
+    path = write(scripts.folder / "client.properties", login(files, "alice"))
+    producer = scripts.producer("-t", topic, "-F", path, "-c", 0, "-i", 0.1)
+    consumer = scripts.consumer("-t", topic, "-F", path, "-G", group)
+    consumer.wait_for_lines(1)
+    javas = [java for service in cluster.services for java in service.processes()[1]]
+    for process in [*javas, psutil.Process(producer.process.pid), psutil.Process(consumer.process.pid)]:
+        connections = process.net_connections("inet")
+        assert connections
+        listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+        assert listening <= ({"127.0.0.1", "::ffff:127.0.0.1"} if process in javas else set())
+        assert listening or process not in javas
+    assert producer.end() == 130
+    assert consumer.end() == 0
+
+
+def test_a_line_with_a_password_that_is_not_understood_is_not_repeated(scripts, topic):
+    """Each of these is a slip that people make; the second ends with = as many generated passwords do."""
+    for line in (
+        f"sasl.password {WRONG_PASSWORD}",
+        f"sasl.password {WRONG_PASSWORD}=",
+        f"sasl.password: {WRONG_PASSWORD}=",
+    ):
+        path = scripts.folder / "client.properties"
+        path.write_text(f"client.id=x\n{line}\n")
+        for script in (scripts.producer("-t", topic, "-F", path), scripts.consumer("-t", topic, "-F", path)):
+            assert script.wait() == 2
+            assert "line 2 is not key=value" in script.stderr
+            assert_no_password(script)
+
+
+def test_plaintext_to_a_port_for_tls(plaintext):
+    for script, seconds in plaintext:
+        assert_failed(script, seconds.result(), "no answer; a port for TLS or SASL needs security.protocol in --config")
+        assert script.stdout == ""
