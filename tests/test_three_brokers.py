@@ -1,8 +1,8 @@
 """Three brokers with a copy of each event on all: they die one by one, and both scripts go on."""
 
 import pytest
-from conftest import EXTERNAL, create_topic, new_cluster, wait_until
 from confluent_kafka.admin import AdminClient
+from conftest import EXTERNAL, create_topic, new_cluster, wait_until
 from faults import logged, random_moments, stored
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
