@@ -9,6 +9,9 @@ from conftest import read_topic
 # Which moments are taken; a failed test shows it, and FAULT_SEED=... takes the same ones again.
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(1_000_000)))
 
+# The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
+QUICK_RETURN = {"zookeeper.session.timeout.ms": "4000"}
+
 
 def random_moments(name):
     """Returns the random numbers of the test of this name, as random.Random; prints how to get them again."""

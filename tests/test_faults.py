@@ -4,14 +4,14 @@ import time
 
 import pytest
 from conftest import EXTERNAL, create_topic, new_cluster, wait_until
-from faults import assert_all_there_once, bring_back, logged, random_moments, stored
+from faults import QUICK_RETURN, assert_all_there_once, bring_back, logged, random_moments, stored
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
 
 
 @pytest.fixture(scope="module")
 def own_cluster():
-    with new_cluster() as cluster:
+    with new_cluster(settings=QUICK_RETURN) as cluster:
         yield cluster
 
 
@@ -81,7 +81,9 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
 
 def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     create_topic(cluster, topic, partitions=4)
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0)
+    # In the pause the producer sends again, on a new connection, what the broker then finds in the old one too.
+    scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
     cluster.brokers[0].pause()

@@ -3,7 +3,7 @@
 import pytest
 from confluent_kafka.admin import AdminClient
 from conftest import EXTERNAL, create_topic, new_cluster, wait_until
-from faults import logged, random_moments, stored
+from faults import QUICK_RETURN, logged, random_moments, stored
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
 
@@ -14,8 +14,7 @@ SETTINGS = {
     "offsets.topic.num.partitions": "1",
     "transaction.state.log.replication.factor": "3",
     "transaction.state.log.min.isr": "2",
-    # The shortest that ZooKeeper allows: so long nobody knows that a broker is dead.
-    "zookeeper.session.timeout.ms": "4000",
+    **QUICK_RETURN,
 }
 
 
