@@ -61,6 +61,8 @@ class PrintingConsumer:
         self.servers, self.topic, self.args = config["bootstrap.servers"], args.topic, args
         self.consumer = Consumer({**config, "error_cb": self.on_error})
         self.printed = 0
+        # {partition: the offset after the last event printed}
+        self.next_offsets = {}
         self.ending = self.last_error = None
         # The partitions that may hold something to print still, if there is an end to that.
         self.unread = None
@@ -105,11 +107,18 @@ class PrintingConsumer:
         """Becomes a member of the group, among whom the partitions are divided."""
         self.consumer.subscribe([self.topic], on_assign=self.on_assign)
 
-    def on_assign(self, _, partitions):
+    def on_assign(self, consumer, partitions):
         numbers = {partition.partition for partition in partitions}
         tell(f"Got partitions of {self.topic}: {', '.join(map(str, sorted(numbers))) or 'none, others have them all'}")
         if self.args.exit:
             self.unread = numbers
+        # After an outage the group may know less than this consumer has printed. If it does not tell, the library
+        # goes on at its offsets.
+        with contextlib.suppress(KafkaException):
+            partitions = consumer.committed(partitions, timeout=10)
+            for partition in partitions:
+                partition.offset = max(partition.offset, self.next_offsets.get(partition.partition, partition.offset))
+            consumer.assign(partitions)
 
     def take_stretch(self, partitions):
         """Takes the partitions at the offsets asked for; a group has no part in it."""
@@ -162,7 +171,8 @@ class PrintingConsumer:
             self.ending = "" if broken_pipe else f"can't write to standard output: {error.strerror}"
             return
         self.printed += len(lines)
-        for message in last.values():
+        for partition, message in last.items():
+            self.next_offsets[partition] = message.offset() + 1
             # Fails when another consumer of the group has got the partition meanwhile; it prints these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message=message)

@@ -1,0 +1,122 @@
+"""Brokers and ZooKeeper die, hang and come back while a producer runs: nothing is lost, and nothing doubled."""
+
+import time
+
+import pytest
+from conftest import EXTERNAL, create_topic, new_cluster, wait_until
+from faults import QUICK_RETURN, assert_all_there_once, bring_back, logged, random_moments, stored
+
+pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
+
+
+@pytest.fixture(scope="module")
+def own_cluster():
+    with new_cluster(settings=QUICK_RETURN) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(own_cluster):
+    yield own_cluster
+    bring_back(own_cluster)
+
+
+@pytest.fixture
+def moments(request):
+    return random_moments(request.node.name)
+
+
+def kill_in_the_middle(scripts, cluster, topic, moments):
+    """Row 1: returns the producer of 5,000 events, whose broker was killed on the way and started again."""
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0)
+    producer.wait_for_lines(2)
+    time.sleep(moments.uniform(0, 0.15))
+    print(f"broker killed after {len(producer.lines) - 1} deliveries")
+    cluster.brokers[0].kill()
+    # It would not say so if all events had been delivered before.
+    producer.wait_for_stderr("Waiting for", limit=5)
+    cluster.brokers[0].start_again()
+    return producer
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
+def test_broker_killed_and_back_while_producing(scripts, cluster, topic, moments, rounds):
+    for number in range(rounds):
+        name = f"{topic}-{number}"
+        create_topic(cluster, name, partitions=4)
+        scripts.log.unlink(missing_ok=True)
+        print(f"round {number}: ", end="")
+        producer = kill_in_the_middle(scripts, cluster, name, moments)
+        assert_all_there_once(scripts, producer, cluster, name, 5000, partitions=4)
+        told = producer.stderr.splitlines()
+        assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
+        bring_back(cluster)
+
+
+def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
+    scripts.folder.joinpath("short").write_text("delivery.timeout.ms=6000\n")
+    create_topic(cluster, topic)
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
+    producer.wait_for_lines(2)
+    time.sleep(moments.uniform(0, 0.15))
+    cluster.brokers[0].kill()
+    print(f"broker killed after {len(producer.lines) - 1} deliveries")
+    start = time.monotonic()
+    # The library looks once a second for what is overdue.
+    assert producer.wait(6 + 4) == 1
+    print(f"ended {time.monotonic() - start:.1f} s later")
+    bring_back(cluster)
+    produced, failed = logged(scripts)
+    assert producer.lines[-1] == f"Delivered {len(produced)} events to topic {topic}, {len(failed)} failed."
+    assert produced
+    assert failed
+    assert len({*produced.values(), *failed}) == len(produced) + len(failed) == 5000
+    assert producer.stderr.count("Failed to deliver") == len(failed)
+    assert "Waiting for" in producer.stderr
+    # What was on its way when the broker died may be stored, though nobody could say so.
+    events = stored(cluster, topic)
+    assert produced.items() <= events.items()
+    assert set(events.values()) <= {*produced.values(), *failed}
+
+
+def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
+    create_topic(cluster, topic, partitions=4)
+    # In the pause the producer sends again, on a new connection, what the broker then finds in the old one too.
+    scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
+    producer.wait_for_lines(2)
+    time.sleep(moments.uniform(0, 0.15))
+    cluster.brokers[0].pause()
+    print(f"broker paused after {len(producer.lines) - 1} deliveries")
+    try:
+        end = time.monotonic() + 20
+        producer.wait_for_stderr("Waiting for", limit=5)
+        wait_until(lambda: time.monotonic() > end, "the end of the pause", limit=21)
+        assert producer.process.poll() is None
+    finally:
+        cluster.brokers[0].resume()
+    assert_all_there_once(scripts, producer, cluster, topic, 5000, partitions=4)
+    told = producer.stderr.splitlines()
+    assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
+
+
+def test_zookeeper_killed_and_back(scripts, cluster, topic, group):
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005)
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    consumer.wait_for_lines(200)
+    cluster.zookeeper.kill()
+    before = len(consumer.lines)
+    # Six seconds: ZooKeeper's session with the broker is over then.
+    consumer.wait_for_lines(before + 1200)
+    cluster.zookeeper.start_again()
+    # The broker needs ZooKeeper to create one.
+    create_topic(cluster, f"{topic}-new")
+    before = len(consumer.lines)
+    consumer.wait_for_lines(before + 200)
+    assert producer.end() == 130
+    produced, failed = logged(scripts)
+    assert produced == stored(cluster, topic)
+    assert failed == []
+    consumer.wait_for_lines(len(produced))
+    assert consumer.end() == 0
+    assert consumer.lines == list(produced.values())

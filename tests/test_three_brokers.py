@@ -1,0 +1,63 @@
+"""Three brokers with a copy of each event on all: they die one by one, and both scripts go on."""
+
+import pytest
+from confluent_kafka.admin import AdminClient
+from conftest import EXTERNAL, create_topic, new_cluster, wait_until
+from faults import QUICK_RETURN, logged, random_moments, stored
+
+pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
+
+SETTINGS = {
+    "default.replication.factor": "3",
+    "min.insync.replicas": "2",
+    "offsets.topic.replication.factor": "3",
+    "offsets.topic.num.partitions": "1",
+    "transaction.state.log.replication.factor": "3",
+    "transaction.state.log.min.isr": "2",
+    **QUICK_RETURN,
+}
+
+
+@pytest.fixture
+def cluster():
+    with new_cluster(brokers=3, settings=SETTINGS) as cluster:
+        yield cluster
+
+
+def test_each_broker_killed_in_turn(scripts, cluster, topic, group):
+    """First the leader, then each broker as soon as the one before has caught up."""
+    moments = random_moments("each")
+    create_topic(cluster, topic, replicas=3)
+    admin = AdminClient(cluster.client_config)
+
+    def partition(name):
+        return admin.list_topics(name, timeout=10).topics[name].partitions[0]
+
+    def complete():
+        return all(len(partition(name).isrs) == 3 for name in (topic, "__consumer_offsets"))
+
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    # At full speed 5,000 events are over before one broker is back, so that there are more; see the count below.
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005)
+    consumer.wait_for_lines(moments.randint(200, 400))
+    first = partition(topic).leader
+    for broker in (cluster.brokers[first - 1 - number] for number in range(3)):
+        wait_until(complete, "three copies of everything", limit=40)
+        leader = cluster.brokers[partition(topic).leader - 1]
+        print(f"{broker.name} killed after {len(producer.lines) - 1} deliveries; {leader.name} was the leader")
+        broker.kill()
+        broker.start_again()
+        # More than were on their way to the screen: the two that are left have agreed to go on.
+        before = len(consumer.lines)
+        consumer.wait_for_lines(before + 400, limit=30)
+    producer.wait_for_lines(5000, limit=30)
+    assert producer.end() == 130
+    produced, failed = logged(scripts)
+    assert failed == []
+    assert produced == stored(cluster, topic)
+    assert len(set(produced.values())) == len(produced) >= 4998
+    assert producer.lines[-1] == f"Delivered {len(produced)} events to topic {topic}, 0 failed."
+    consumer.wait_for_lines(len(produced))
+    assert consumer.end() == 0
+    assert consumer.lines == [produced[place] for place in sorted(produced)]
+    print(f"{len(produced)} events")
