@@ -33,10 +33,10 @@ DEFAULTS = {
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
-HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
-TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
-# What it means when connections are made, and then closed or left without an answer.
-NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
+HINT = (
+    "Is it running (docker compose up -d --wait)? With TLS or a password: are security.protocol, ssl.ca.location"
+    " and the host name right?"
+)
 
 
 def tell(text, end="\n"):
@@ -57,68 +57,66 @@ class ReportingProducer:
         Raises KafkaException, TypeError or ValueError for properties that can't be used.
         """
         self.servers, self.topic, self.quiet = config["bootstrap.servers"], topic, quiet
-        self.producer = Producer({**config, "error_cb": self.on_error})
+        self.producer = Producer({**config, "on_delivery": self.on_delivery, "error_cb": self.on_error})
         # Unbuffered, so that each batch of lines is written at once and whole.
         self.stdout = sys.stdout and open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
         self.log = None
+        self.lines = []
         self.delivered = self.failed = 0
         self.ending = self.last_error = None
-        self.lines = []
         self.last_delivery, self.stalled = time.monotonic(), False
 
-    def connect(self, limit=30):
-        """Returns when the broker answers and has the topic; ends the program after `limit` seconds without that."""
+    def connect(self):
+        """Returns when the broker answers and has the topic; ends the program after 30 s without that."""
         start, told = time.monotonic(), False
         while True:
             try:
                 # This request also makes the broker create the topic, unless it is set not to.
                 error = self.producer.list_topics(self.topic, timeout=1).topics[self.topic].error
+                if error is None:
+                    return
             except KafkaException as exception:
                 self.producer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
-            if error is None:
-                return
-            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
-            problem = f"can't write to topic {self.topic} at {self.servers}: {error.str()}\n{hint}"
+                error = self.last_error or exception.args[0]
+            problem = f"{self.explain(error)}\n{HINT}"
             seconds = time.monotonic() - start
-            # The next try may take a second, and the start of Python took up to one.
-            if error.code() in HOPELESS or seconds > limit - 2:
+            if error.code() in HOPELESS or seconds > 28:  # The start took up to one second, and so does a try.
                 sys.exit(f"kafka_producer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
-                tell(f"Trying for {limit} s: {problem}")
+                tell(f"Trying for 30 s: {problem}")
             time.sleep(0.05)
 
     def send(self, key, value):
         """Hands an event, two texts, to librdkafka, which delivers it in the background."""
         while not self.ending:
             try:
-                return self.producer.produce(self.topic, value.encode(), key.encode(), on_delivery=self.on_delivery)
+                return self.producer.produce(self.topic, value.encode(), key.encode())
             except BufferError:  # The local queue is full, and deliveries make room in it.
-                self.serve(0.1)
-            except KafkaException as exception:  # It was refused: too large, for example.
+                self.serve(time.monotonic() + 0.1)
+            except KafkaException as exception:  # It was refused, and so will be all others.
                 self.fail(value, exception.args[0])
-                self.serve(0.1)  # After a fatal error, which makes it refuse all, this hears the reason.
-                self.give_up(exception.args[0])
+                self.serve(time.monotonic() + 0.1)  # Hears the reason, if there is a better one.
+                self.ending = self.ending or self.explain(exception.args[0])
 
-    def serve(self, seconds):
-        """Handles the delivery reports of so many seconds; with 0 those that are there."""
-        end = time.monotonic() + seconds
+    def serve(self, until):
+        """Handles delivery reports until a time of time.monotonic(); if that is over, those that are there."""
         while True:
+            now = time.monotonic()
             try:
                 # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
-                self.producer.poll(min(max(end - time.monotonic(), 0), 0.25))
+                self.producer.poll(min(max(until - now, 0), 0.25))
             except KafkaException as exception:  # It is fatal: the library sends nothing any more.
-                self.give_up(exception.args[0])
-            self.write_lines()
-            now = time.monotonic()
+                self.ending = self.ending or self.explain(exception.args[0])
+            if self.lines:
+                self.write_lines()
             if not len(self.producer):
                 self.last_delivery = now
             elif now - self.last_delivery > 2 and not self.stalled:
                 self.stalled = True
                 reason = self.last_error.str() if self.last_error else "no answer"
                 tell(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}")
-            if now >= end or self.ending:
+            if now >= until or self.ending:
                 return
 
     def finish(self):
@@ -126,7 +124,7 @@ class ReportingProducer:
         if self.ending and len(self.producer):
             tell(f"Ending: waiting for {len(self.producer)} deliveries. Ctrl-C gives them up.")
         while len(self.producer):
-            self.serve(0.25)
+            self.serve(time.monotonic() + 0.25)
         self.write(self.stdout, f"Delivered {self.delivered} events to topic {self.topic}, {self.failed} failed.\n")
 
     def on_delivery(self, error, message):
@@ -136,24 +134,26 @@ class ReportingProducer:
             return self.fail(value, error)
         self.delivered += 1
         self.last_delivery = time.monotonic()
-        place = f"partition {message.partition()}, offset {message.offset()}"
-        self.lines.append((f"Produced message on topic {self.topic} with value of {value}, {place}", error))
+        self.lines.append(
+            f"Produced message on topic {self.topic} with value of {value},"
+            f" partition {message.partition()}, offset {message.offset()}"
+        )
         if self.stalled:
             self.stalled = False
             tell("Delivering again.")
 
     def fail(self, value, error):
-        """Takes an event that is not delivered, and never will be."""
+        """Takes an event that will never be delivered."""
         self.failed += 1
         line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
+        self.write(self.log, f"{timestamp()} {line}\n")
         if self.failed == 1 or not self.quiet:
             tell(line)
-        self.lines.append((line, error))
         if error.code() in HOPELESS:
-            self.give_up(error)
+            self.ending = self.ending or self.explain(error)
 
-    def give_up(self, error):
-        self.ending = self.ending or f"can't write to topic {self.topic} at {self.servers}: {error.str()}"
+    def explain(self, error):
+        return f"can't write to topic {self.topic} at {self.servers}: {error.str()}"
 
     def on_error(self, error):
         # That all brokers are down only follows from what was said of each.
@@ -166,14 +166,12 @@ class ReportingProducer:
         self.ending = self.ending or "interrupted"
 
     def write_lines(self):
-        """Writes the lines of the reports since the last call."""
-        if not self.lines:
-            return
+        """Writes a line for each delivery since the last call."""
         lines, self.lines = self.lines, []
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.write(self.log, "".join(f"{now} {line}\n" for line, _ in lines))
+        now = timestamp()
+        self.write(self.log, "".join(f"{now} {line}\n" for line in lines))
         if not self.quiet:
-            self.write(self.stdout, "".join(f"{line}\n" for line, error in lines if not error))
+            self.write(self.stdout, "\n".join([*lines, ""]))
         elif sys.stderr.isatty():
             tell(f"{self.delivered} delivered", end="\r")
 
@@ -184,6 +182,10 @@ class ReportingProducer:
                 data = data[file.write(data) :]  # A disk that is nearly full takes a part.
         except OSError as error:
             self.ending = f"can't write to {'standard output' if file is self.stdout else file.name}: {error.strerror}"
+
+
+def timestamp():
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def registration(fake):
@@ -241,14 +243,8 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
-    add(
-        "-c",
-        "--count",
-        type=whole_number,
-        default=10,
-        metavar="N",
-        help="events; 0: until Ctrl-C (default: %(default)s)",
-    )
+    add("-c", "--count", type=whole_number, default=10, metavar="N",
+        help="how many events; 0: until Ctrl-C (default: %(default)s)")  # fmt: skip
     add("-i", "--interval", type=seconds, default=1.0, metavar="SECONDS",
         help="from one event to the next; 0: as fast as possible (default: %(default)s)")  # fmt: skip
     add("-F", "--config", metavar="FILE", help="librdkafka properties, a line each: key=value (default: none)")
@@ -284,14 +280,14 @@ def main():
     except OSError as error:
         sys.exit(f"kafka_producer.py: can't open the log file {args.log_file}: {error.strerror}")
 
-    producer.write(producer.stdout, "Kafka Producer has been initiated...\n")
     producer.connect()
+    producer.write(producer.stdout, "Kafka Producer has been initiated...\n")
     signal.signal(signal.SIGINT, producer.on_interrupt)
     signal.signal(signal.SIGTERM, producer.on_interrupt)
     start = time.monotonic()
     for number in range(args.count) if args.count else itertools.count():
         # Counted from the start, so that the time an event takes does not delay the next ones.
-        producer.serve(max(start + number * args.interval - time.monotonic(), 0))
+        producer.serve(start + number * args.interval)
         if producer.ending:
             break
         event = registration(fake)
