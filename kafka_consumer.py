@@ -34,10 +34,10 @@ DEFAULTS = {
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._FATAL, KafkaError.TOPIC_EXCEPTION]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED]
-HINT = "Is it running? A local cluster starts with: docker compose up -d --wait (see README.md)"
-TLS_HINT = "Check that the broker's certificate is for this host name, and from a CA in ssl.ca.location of --config."
-# What it means when connections are made, and then closed or left without an answer.
-NO_ANSWER = "no answer; a port for TLS or SASL needs security.protocol in --config"
+HINT = (
+    "Is it running (docker compose up -d --wait)? With TLS or a password: are security.protocol, ssl.ca.location"
+    " and the host name right?"
+)
 
 # What could break the line or steer the terminal: control characters, line separators, changes of direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -61,31 +61,27 @@ class PrintingConsumer:
         self.servers, self.topic, self.args = config["bootstrap.servers"], args.topic, args
         self.consumer = Consumer({**config, "error_cb": self.on_error})
         self.printed = 0
-        # {partition: the offset after the last event printed}
-        self.next_offsets = {}
+        # {partition: offset after the last event printed}, and the partitions that are to be read to an end.
+        self.next_offsets, self.unread = {}, None
         self.ending = self.last_error = None
-        # The partitions that may hold something to print still, if there is an end to that.
-        self.unread = None
         self.all_down = self.told_lost = False
 
-    def metadata(self, topic=None, limit=30):
-        """Returns {name: TopicMetadata} of one topic or all; ends the program after `limit` seconds without answer."""
+    def metadata(self, topic=None):
+        """Returns {name: TopicMetadata} of one topic or all; ends the program after 30 s without an answer."""
         start, told = time.monotonic(), False
         while True:
             try:
                 return self.consumer.list_topics(topic, timeout=1).topics
             except KafkaException as exception:
                 self.consumer.poll(0)  # Calls on_error, which hears more than the exception says.
-                error = self.last_error or KafkaError(exception.args[0].code(), NO_ANSWER)
-            hint = TLS_HINT if error.code() == KafkaError._SSL else HINT
-            problem = f"can't reach Kafka at {self.servers}: {error.str()}\n{hint}"
+                error = self.last_error or exception.args[0]
+            problem = f"{self.explain(error)}\n{HINT}"
             seconds = time.monotonic() - start
-            # The next try may take a second, and the start of Python took up to one.
-            if error.code() in HOPELESS or seconds > limit - 2:
+            if error.code() in HOPELESS or seconds > 28:  # The start took up to one second, and so does a try.
                 sys.exit(f"kafka_consumer.py: {problem}")
             if seconds > 1.5 and not told:
                 told = True
-                tell(f"Trying for {limit} s: {problem}")
+                tell(f"Trying for 30 s: {problem}")
 
     def find_topic(self):
         """Returns the numbers of the topic's partitions, as soon as there is such a topic."""
@@ -97,28 +93,29 @@ class PrintingConsumer:
                 return sorted(topic.partitions)
             soon = topic.error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.LEADER_NOT_AVAILABLE)
             if not soon or self.args.exit:
-                sys.exit(f"kafka_consumer.py: can't read topic {self.topic} at {self.servers}: {topic.error.str()}")
+                sys.exit(f"kafka_consumer.py: {self.explain(topic.error)}")
             if not told:
                 told = True
                 tell(f"Waiting for topic {self.topic}, which does not exist yet.")
             time.sleep(0.2)
 
     def join_group(self):
-        """Becomes a member of the group, among whom the partitions are divided."""
+        """Becomes a member of the group, among whose members the broker divides the partitions."""
         self.consumer.subscribe([self.topic], on_assign=self.on_assign)
 
     def on_assign(self, consumer, partitions):
+        """Takes the partitions that the group has for this consumer, at first and after each change of members."""
         numbers = {partition.partition for partition in partitions}
         tell(f"Got partitions of {self.topic}: {', '.join(map(str, sorted(numbers))) or 'none, others have them all'}")
         if self.args.exit:
             self.unread = numbers
-        # After an outage the group may know less than this consumer has printed. If it does not tell, the library
-        # goes on at its offsets.
-        with contextlib.suppress(KafkaException):
-            partitions = consumer.committed(partitions, timeout=10)
-            for partition in partitions:
-                partition.offset = max(partition.offset, self.next_offsets.get(partition.partition, partition.offset))
-            consumer.assign(partitions)
+        if self.next_offsets:
+            # After an outage the group may know less than was printed here: commits did not get through.
+            with contextlib.suppress(KafkaException):
+                partitions = consumer.committed(partitions, timeout=10)
+                for place in partitions:
+                    place.offset = max(place.offset, self.next_offsets.get(place.partition, place.offset))
+                consumer.assign(partitions)
 
     def take_stretch(self, partitions):
         """Takes the partitions at the offsets asked for; a group has no part in it."""
@@ -155,11 +152,12 @@ class PrintingConsumer:
             if error and error.code() != KafkaError._PARTITION_EOF:
                 self.handle_error(error)
                 continue
-            if not error and self.args.first_offset <= offset <= self.args.to_offset:
+            if error:  # At the end of a partition this has the offset of the event to come.
+                offset -= 1
+            elif self.args.first_offset <= offset <= self.args.to_offset:
                 lines.append(self.line(message))
                 last[partition] = message
-            # At the end of a partition the error has the offset of the event to come.
-            if self.unread and (offset > self.args.to_offset - (not error) or (error and self.args.exit)):
+            if self.unread and (offset >= self.args.to_offset or (error and self.args.exit)):
                 self.unread.discard(partition)
         try:
             data = "".join(lines).encode()
@@ -181,9 +179,12 @@ class PrintingConsumer:
         if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED and self.args.stretch:
             return  # The library asks for the group without need.
         if error.code() in HOPELESS:
-            self.ending = f"can't read topic {self.topic} at {self.servers}: {error.str()}"
+            self.ending = self.explain(error)
         else:
             tell(f"Waiting: {error.str()}")
+
+    def explain(self, error):
+        return f"can't read topic {self.topic} at {self.servers}: {error.str()}"
 
     def on_error(self, error):
         """Takes what librdkafka says of its connections."""
@@ -200,7 +201,8 @@ class PrintingConsumer:
         except KafkaException:
             if not self.told_lost:
                 self.told_lost = True
-                tell(f"No answer from {self.servers}: {self.last_error and self.last_error.str()}. Waiting for it.")
+                reason = f" ({self.last_error.str()})" if self.last_error else ""
+                tell(f"No answer from {self.servers}{reason}. Waiting for it.")
         else:
             if self.told_lost:
                 tell(f"{self.servers} answers again.")
@@ -342,7 +344,7 @@ def main():
             consumer.join_group()
         consumer.run()
     except KafkaException as exception:  # No answer about the offsets, or a fatal error, which poll() raises.
-        consumer.ending = f"can't read topic {args.topic} at {consumer.servers}: {exception.args[0].str()}"
+        consumer.ending = consumer.explain(exception.args[0])
     consumer.end_within(10)
     consumer.consumer.close()
     tell(f"Printed {consumer.printed} events.")
