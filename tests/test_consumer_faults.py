@@ -79,31 +79,36 @@ def test_consumer_stopped_ten_times(scripts, cluster, topic, group, moments):
 
 
 def test_broker_killed_and_back_while_consuming(scripts, cluster, topic, group, moments):
-    """First while the consumer waits for events, and then while it reads."""
-    create_topic(cluster, topic)
+    """One consumer waits for events meanwhile, and another one reads."""
+    topics = f"{topic}-waiting", f"{topic}-reading"
+    for name in topics:
+        create_topic(cluster, name)
+    values = [event.decode() for event in numbered(100_000)]
+    produce(cluster, topics[0], values[:100])
+    produce(cluster, topics[1], values, **{"batch.size": 1000})
     # Small requests, so that reading takes a while, and a session that is over before the broker is back.
     scripts.folder.joinpath("small").write_text("fetch.message.max.bytes=1000\nsession.timeout.ms=6000\n")
-    values = [event.decode() for event in numbered(100_100)]
-    produce(cluster, topic, values[:100])
-    consumer = scripts.consumer("-t", topic, "-G", group, "-F", "small")
-    assert consumer.wait_for_lines(100) == values[:100]
-    for outages in (1, 2):
-        if outages == 2:
-            produce(cluster, topic, values[100:], **{"batch.size": 1000})
-            consumer.wait_for_lines(moments.randint(500, 20_000))
-        cluster.brokers[0].kill()
-        print(f"broker killed after {len(consumer.lines)} events")
-        wait_until(lambda n=outages: consumer.stderr.count("No answer from") == n, f"word of outage {outages}", 10)
-        assert len(consumer.lines) < len(values), "killed too late"
-        bring_back(cluster)
-        wait_until(lambda n=outages: consumer.stderr.count("answers again") == n, f"the end of outage {outages}", 10)
-    consumer.wait_for_lines(len(values))
-    assert consumer.end() == 0
-    assert consumer.lines == values
-    told = [
-        line for line in consumer.stderr.splitlines() if not line.startswith(("Available", "Got", "Kafka", "Printed"))
-    ]
-    assert [line.split(" ")[0] for line in told] == ["No", cluster.bootstrap_servers] * 2, told
+    waiting, reading = (scripts.consumer("-t", name, "-G", f"{group}-{name}", "-F", "small") for name in topics)
+    assert waiting.wait_for_lines(100) == values[:100]
+    reading.wait_for_lines(moments.randint(500, 20_000))
+    cluster.brokers[0].kill()
+    print(f"broker killed after {len(reading.lines)} events")
+    for consumer in (waiting, reading):
+        consumer.wait_for_stderr("No answer from", limit=10)
+    assert len(reading.lines) < len(values), "killed too late"
+    bring_back(cluster)
+    for consumer in (waiting, reading):
+        consumer.wait_for_stderr("answers again", limit=10)
+    produce(cluster, topics[0], values[100:200])
+    waiting.wait_for_lines(200)
+    reading.wait_for_lines(len(values))
+    assert waiting.end() == reading.end() == 0
+    assert waiting.lines == values[:200]
+    assert reading.lines == values
+    usual = ("Kafka Consumer", "Available topics", "Got partitions", "Printed")
+    for consumer in (waiting, reading):
+        told = [line for line in consumer.stderr.splitlines() if not line.startswith(usual)]
+        assert [line.split(" ")[0] for line in told] == ["No", cluster.bootstrap_servers], told
 
 
 def test_one_of_two_consumers_killed(scripts, cluster, topic, group, moments):
