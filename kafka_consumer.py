@@ -314,7 +314,7 @@ def main():
             config["enable.auto.commit"] = "false"
         consumer = PrintingConsumer(config, args)
     except (OSError, KafkaException, TypeError, ValueError) as error:
-        reason = error.args[0].str() if isinstance(error, KafkaException) else error
+        reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         parser.error(f"can't use the configuration {args.config or ''}: {reason}")
     if sys.stdout is None:
         sys.exit("kafka_consumer.py: standard output is closed, and the events have nowhere to go")

@@ -270,7 +270,7 @@ def main():
             config["bootstrap.servers"] = args.bootstrap_servers
         producer = ReportingProducer(config, args.topic, args.quiet)
     except (OSError, KafkaException, TypeError, ValueError) as error:
-        reason = error.args[0].str() if isinstance(error, KafkaException) else error
+        reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         parser.error(f"can't use the configuration {args.config or ''}: {reason}")
     try:
         # Weighting picks common names more often, which takes three times as long; [0] is the one locale's own object.
