@@ -248,6 +248,8 @@ def read_config(path):
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             key, equals, value = map(str.strip, line.partition("="))
+            if key == "logger":  # It is for a Python object.
+                raise ValueError("logger can't be set in a file")
             if equals and key.replace(".", "_").isidentifier():
                 # metadata.broker.list is the older name, and must not win against --bootstrap-servers.
                 config["bootstrap.servers" if key == "metadata.broker.list" else key] = value
@@ -313,7 +315,7 @@ def main():
         if args.stretch:
             config["enable.auto.commit"] = "false"
         consumer = PrintingConsumer(config, args)
-    except (OSError, KafkaException, TypeError, ValueError) as error:
+    except (OSError, KafkaException, AttributeError, TypeError, ValueError) as error:
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         parser.error(f"can't use the configuration {args.config or ''}: {reason}")
     if sys.stdout is None:
