@@ -57,9 +57,9 @@ class PrintingConsumer:
     """
 
     def __init__(self, config, args):
-        """Takes librdkafka properties as text; raises KafkaException, TypeError or ValueError if it can't use them."""
+        """Takes librdkafka properties as text; raises KafkaException and others if it can't use them."""
         self.servers, self.topic, self.args = config["bootstrap.servers"], args.topic, args
-        self.consumer = Consumer({**config, "error_cb": self.on_error})
+        self.consumer = Consumer({**config, "error_cb": self.on_error, "logger": None})
         self.printed = 0
         # {partition: offset after the last event printed}, and the partitions that are to be read to an end.
         self.next_offsets, self.unread = {}, None
@@ -325,7 +325,7 @@ def main():
         if args.stretch:
             config["enable.auto.commit"] = "false"
         consumer = PrintingConsumer(config, args)
-    except (OSError, KafkaException, TypeError, ValueError) as error:
+    except Exception as error:  # The library has many ways to refuse a property.
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         parser.error(f"can't use the configuration {args.config or ''}: {reason}")
     if sys.stdout is None:

@@ -54,10 +54,10 @@ class ReportingProducer:
     def __init__(self, config, topic, quiet):
         """Takes librdkafka properties as text; quiet keeps the events, but not the totals, off standard output.
 
-        Raises KafkaException, TypeError or ValueError for properties that can't be used.
+        Raises KafkaException and others for properties that can't be used.
         """
         self.servers, self.topic, self.quiet = config["bootstrap.servers"], topic, quiet
-        self.producer = Producer({**config, "on_delivery": self.on_delivery, "error_cb": self.on_error})
+        self.producer = Producer({**config, "on_delivery": self.on_delivery, "error_cb": self.on_error, "logger": None})
         # Unbuffered, so that each batch of lines is written at once and whole.
         self.stdout = sys.stdout and open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
         self.log = None
@@ -265,7 +265,7 @@ def main():
         if args.bootstrap_servers:
             config["bootstrap.servers"] = args.bootstrap_servers
         producer = ReportingProducer(config, args.topic, args.quiet)
-    except (OSError, KafkaException, TypeError, ValueError) as error:
+    except Exception as error:  # The library has many ways to refuse a property.
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
         parser.error(f"can't use the configuration {args.config or ''}: {reason}")
     try:

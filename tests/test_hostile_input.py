@@ -8,7 +8,7 @@ import string
 
 import pytest
 from conftest import create_topic, produce, read_topic, wait_until
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 # What could break a line or steer a terminal: control characters of one byte and of two, line separators, and what
@@ -207,6 +207,11 @@ configurations = st.one_of(
 
 @some(25)
 @given(configurations, st.sampled_from(["producer", "consumer"]))
+@example(b"default.topic.config=x", "producer")
+@example(b"default.topic.config=x", "consumer")
+@example(b"logger=x\nlog_level=7\ndebug=all", "producer")
+@example(b"logger=x\nlog_level=7\ndebug=all", "consumer")
+@example(b"acks=-2", "producer")
 def test_any_configuration(scripts, topic, configuration, name):
     path = scripts.folder / "any.properties"
     path.write_bytes(configuration)
