@@ -347,6 +347,7 @@ def main():
         consumer.ending = consumer.explain(exception.args[0])
     consumer.end_within(10)
     consumer.consumer.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # One Ctrl-C more does not change how this ended.
     tell(f"Printed {consumer.printed} events.")
     if consumer.ending:
         sys.exit(f"kafka_consumer.py: {consumer.ending}")

@@ -31,7 +31,7 @@ DEFAULTS = {
     "log_level": "0",
 }
 # Trying again does not help against these. Everything else may be a broker that is just starting.
-HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL]
+HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._MSG_TIMED_OUT]
 HOPELESS += [KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.TOPIC_EXCEPTION]
 HINT = (
     "Is it running (docker compose up -d --wait)? With TLS or a password: are security.protocol, ssl.ca.location"
@@ -294,6 +294,7 @@ def main():
         # Events of one key go to one partition, and so keep their order.
         producer.send(str(event["user_id"]), json.dumps(event, ensure_ascii=False))
     producer.finish()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # One Ctrl-C more does not change how this ended.
     if producer.ending == "interrupted":
         sys.exit(130)
     if producer.ending:
