@@ -13,6 +13,7 @@ for number in SIGNALS:
 
 import argparse
 import contextlib
+import logging
 import math
 import re
 import threading
@@ -28,8 +29,6 @@ DEFAULTS = {
     "auto.offset.reset": "earliest",
     # A consumer that was killed keeps its partitions for so long, and its successor waits for them.
     "session.timeout.ms": "10000",
-    # The library's own log lines are off; put log_level=7 and debug=broker into a --config file to see them.
-    "log_level": "0",
 }
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._FATAL, KafkaError.TOPIC_EXCEPTION]
@@ -59,7 +58,9 @@ class PrintingConsumer:
     def __init__(self, config, args):
         """Takes librdkafka properties as text; raises KafkaException and others if it can't use them."""
         self.servers, self.topic, self.args = config["bootstrap.servers"], args.topic, args
-        self.consumer = Consumer({**config, "error_cb": self.on_error, "logger": None})
+        # The library's own log lines are dropped, but for debug=broker or the like in a --config file.
+        logger = None if "debug" in config else logging.Logger("librdkafka", level=logging.CRITICAL + 1)
+        self.consumer = Consumer({**config, "error_cb": self.on_error, "logger": logger})
         self.printed = 0
         # {partition: offset after the last event printed}, and the partitions that are to be read to an end.
         self.next_offsets, self.unread = {}, None

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import math
 import time
 
@@ -27,8 +28,6 @@ DEFAULTS = {
     "enable.idempotence": "true",
     # An event that could not be delivered for so long is reported as failed.
     "delivery.timeout.ms": "120000",
-    # The library's own log lines are off; put log_level=7 and debug=broker into a --config file to see them.
-    "log_level": "0",
 }
 # Trying again does not help against these. Everything else may be a broker that is just starting.
 HOPELESS = [KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._MSG_TIMED_OUT]
@@ -57,7 +56,10 @@ class ReportingProducer:
         Raises KafkaException and others for properties that can't be used.
         """
         self.servers, self.topic, self.quiet = config["bootstrap.servers"], topic, quiet
-        self.producer = Producer({**config, "on_delivery": self.on_delivery, "error_cb": self.on_error, "logger": None})
+        # The library's own log lines are dropped, but for debug=broker or the like in a --config file.
+        logger = None if "debug" in config else logging.Logger("librdkafka", level=logging.CRITICAL + 1)
+        callbacks = {"on_delivery": self.on_delivery, "error_cb": self.on_error, "logger": logger}
+        self.producer = Producer({**config, **callbacks})
         # Unbuffered, so that each batch of lines is written at once and whole.
         self.stdout = sys.stdout and open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
         self.log = None

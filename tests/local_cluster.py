@@ -92,15 +92,19 @@ def zookeeper_properties(environment):
     return {ZOOKEEPER_PROPERTIES[name]: str(environment[name]) for name in names}
 
 
+GIVEN_PORTS = set()
+
+
 def free_port():
-    """Returns a TCP port that nothing uses on 127.0.0.1.
+    """Returns a TCP port that nothing uses on 127.0.0.1, another one each time.
 
     It is below the range from which systems take the ports of outgoing connections: while a broker is down, no
     client can be given its port.
     """
     while True:
-        port = random.randint(20000, 32000)
-        if port_is_free(port):
+        port = random.randint(10000, 32000)
+        if port not in GIVEN_PORTS and port_is_free(port):
+            GIVEN_PORTS.add(port)
             return port
 
 
@@ -224,21 +228,24 @@ class Service:
         self.send(signal.SIGCONT)
 
     def send(self, signum):
-        for java in self.processes()[1]:
-            java.send_signal(signum)
+        self.send_to(self.processes()[1], signum)
 
     def end(self, signum):
+        deadline = time.monotonic() + self.stop_seconds
         keepers, javas = self.processes()
-        for process in keepers + javas:
+        self.send_to(keepers + javas, signum)
+        while any(self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # What did not end in time, and what a keeper may have started just before it was killed itself.
+        while any(self.processes()) and time.monotonic() < deadline + 10:
+            keepers, javas = self.processes()
+            self.send_to(keepers + javas, signal.SIGKILL)
+
+    @staticmethod
+    def send_to(processes, signum):
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
-        psutil.wait_procs(keepers + javas, timeout=self.stop_seconds)
-        # What did not end in time, and what a keeper may have started just before it was killed itself.
-        keepers, javas = self.processes()
-        for process in keepers + javas:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(keepers + javas, timeout=10)
 
     def exits(self):
         """Returns how often the keeper has seen the process die since the log began."""
