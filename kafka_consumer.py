@@ -27,6 +27,10 @@ DEFAULTS = {
     "group.id": "python-consumer",
     # Where a group begins that has read nothing yet; the library's default, the end, would show nothing at first.
     "auto.offset.reset": "earliest",
+    # With so many events waiting the library stops fetching, and looks again after so many milliseconds. Its defaults,
+    # 100000 and 1000, let a program run out of events that prints them faster.
+    "queued.min.messages": "10000",
+    "fetch.queue.backoff.ms": "10",
     # A consumer that was killed keeps its partitions for so long, and its successor waits for them.
     "session.timeout.ms": "10000",
 }

@@ -460,13 +460,18 @@ ROWS = {
 }
 
 
+def row_numbers(text):
+    return [int(number) for number in text.split(",")]
+
+
 def main():
     parser = argparse.ArgumentParser(description="Measures the scripts beside other tools and prints a table.")
-    parser.add_argument("--rows", metavar="N,N,...", help="measure these rows (default: all)")
+    parser.add_argument(
+        "--rows", type=row_numbers, default=list(ROWS), metavar="N,N,...", help="measure these rows (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each (default: %(default)s)")
     args = parser.parse_args()
-    numbers = [int(number) for number in args.rows.split(",")] if args.rows else list(ROWS)
-    if not set(numbers) <= set(ROWS) or args.rounds < 1:
+    if not set(args.rows) <= set(ROWS) or args.rounds < 1:
         parser.error(f"rows are 1 to {len(ROWS)}, and rounds at least 1")
     with new_cluster() as cluster, tempfile.TemporaryDirectory() as folder:
         benchmark = Benchmark(cluster, Path(folder), args.rounds)
@@ -474,7 +479,7 @@ def main():
         benchmark.run(benchmark.consumer(benchmark.small_topic, "--max-messages", 1))
         print("| # | what; the other | ours | the other | ratio or difference: median (range) | goal | met |")
         print("|--:|---|--:|--:|--:|---|---|")
-        for number in numbers:
+        for number in args.rows:
             what, goal, measure = ROWS[number]
             print(f"{number}: {what}", file=sys.stderr)
             ours, other, result, met = measure(benchmark)
