@@ -144,6 +144,13 @@ def new_cluster(**options):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def own_cluster():
+    """A cluster for the tests of one file, which may break it: they override `cluster` to return this one."""
+    with new_cluster() as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def topic():
     """A name for a topic that does not exist yet."""
@@ -153,6 +160,14 @@ def topic():
 @pytest.fixture
 def group():
     return f"group-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def filled(cluster, topic):
+    """A topic of one partition with the events 0 to 9."""
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(10))
+    return topic
 
 
 def create_topic(cluster, topic, partitions=1, **config):
@@ -209,3 +224,8 @@ def committed(cluster, topic, group, partition=0):
 def numbered(count):
     """Returns that many distinct JSON events as bytes."""
     return [json.dumps({"number": number}).encode() for number in range(count)]
+
+
+def numbers(lines):
+    """Returns the numbers in lines that numbered() made."""
+    return [json.loads(line)["number"] for line in lines]

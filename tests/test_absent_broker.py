@@ -4,16 +4,10 @@ import json
 import signal
 
 import pytest
-from conftest import EXTERNAL, new_cluster, numbered, produce, read_topic, wait_until
+from conftest import EXTERNAL, numbered, produce, read_topic, wait_until
 from local_cluster import free_port
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests stop their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -6,20 +6,7 @@ import subprocess
 
 import pytest
 from confluent_kafka import Producer
-from conftest import committed, create_topic, numbered, produce, wait_until
-
-
-def numbers(lines):
-    """The numbers in lines made by conftest.numbered()."""
-    return [json.loads(line)["number"] for line in lines]
-
-
-@pytest.fixture
-def filled(cluster, topic):
-    """A topic of one partition with the events 0 to 9."""
-    create_topic(cluster, topic)
-    produce(cluster, topic, numbered(10))
-    return topic
+from conftest import committed, create_topic, numbered, numbers, produce, wait_until
 
 
 def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, group):

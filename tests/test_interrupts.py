@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXTERNAL, create_topic, new_cluster, read_topic, wait_until
+from conftest import EXTERNAL, create_topic, read_topic, wait_until
 from faults import random_moments
 
 pytestmark = [
@@ -14,12 +14,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see who handles signals"),
 ]
 TIMES = [8, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -1,27 +1,14 @@
 """Standard output, standard error and the log file when they take nothing, or part of it, or have two writers."""
 
-import json
 import os
 import re
 import shlex
 
 import pytest
-from conftest import committed, create_topic, numbered, produce, read_topic
+from conftest import committed, create_topic, numbered, numbers, produce, read_topic
 
 # What a shell does with each before it starts the script.
 BROKEN = {"closed": ">&-", "full": ">/dev/full"}
-
-
-def numbers(lines):
-    return [json.loads(line)["number"] for line in lines]
-
-
-@pytest.fixture
-def filled(cluster, topic):
-    """A topic of one partition with the events 0 to 9."""
-    create_topic(cluster, topic)
-    produce(cluster, topic, numbered(10))
-    return topic
 
 
 def logged_values(scripts, topic):
