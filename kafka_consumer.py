@@ -7,9 +7,8 @@ import sys
 if sys.stderr is None:  # It was closed, by 2>&-, and print() would take standard output instead.
     sys.stderr = open(os.devnull, "w")
 # While the packages load nothing is at stake: a signal ends the program, without a stack trace.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-for number in SIGNALS:
-    signal.signal(number, lambda *_: os._exit(0))
+signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 import argparse
 import contextlib
@@ -186,10 +185,10 @@ class PrintingConsumer:
         if error.code() in HOPELESS:
             self.ending = self.explain(error)
         else:
-            tell(f"Waiting: {error.str()}")
+            tell(f"Waiting: {words(error)}")
 
     def explain(self, error):
-        return f"can't read topic {self.topic} at {self.servers}: {error.str()}"
+        return f"can't read topic {self.topic} at {self.servers}: {words(error)}"
 
     def on_error(self, error):
         """Takes what librdkafka says of its connections."""
@@ -206,7 +205,7 @@ class PrintingConsumer:
         except KafkaException:
             if not self.told_lost:
                 self.told_lost = True
-                reason = f" ({self.last_error.str()})" if self.last_error else ""
+                reason = f" ({words(self.last_error)})" if self.last_error else ""
                 tell(f"No answer from {self.servers}{reason}. Waiting for it.")
         else:
             if self.told_lost:
@@ -233,6 +232,11 @@ class PrintingConsumer:
             return value + "\n"
         place = f"partition={message.partition()} offset={message.offset()} time={readable_time(message)}"
         return f"{place} key={printable(message.key())} {value}\n"
+
+
+def words(error):
+    """Returns what a KafkaError says, without how long it took and how often it was seen."""
+    return error.str().partition(" (after ")[0]
 
 
 def printable(data):
@@ -273,12 +277,6 @@ def read_config(path):
     return config
 
 
-def whole_number(text):
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
 def offset(text):
     return text if text in ("beginning", "end") else int(text)
 
@@ -300,16 +298,19 @@ exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call""",
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
     add("-G", "--group", metavar="NAME", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", metavar="FILE", help="librdkafka properties, one key=value a line (default: none)")
-    add("-p", "--partition", type=whole_number, metavar="N", help="only this one, without the group (default: all)")
+    add("-p", "--partition", type=int, metavar="N", help="only this one, without the group (default: all)")
     add("--from-offset", type=offset, metavar="N",
         help="begin here, without the group: an offset, -N for the last N, beginning or end")  # fmt: skip
-    add("--to-offset", type=whole_number, default=math.inf, metavar="N",
+    add("--to-offset", type=int, default=math.inf, metavar="N",
         help="end after this offset, without the group (default: no end)")  # fmt: skip
-    add("-c", "--max-messages", type=whole_number, default=math.inf, metavar="N",
+    add("-c", "--max-messages", type=int, default=math.inf, metavar="N",
         help="end after so many events (default: no end)")  # fmt: skip
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, time and key before each event")
     args = parser.parse_args()
+    for name in ("partition", "to_offset", "max_messages"):
+        if (getattr(args, name) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: can't be negative")
     # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
     args.topic = args.topic.encode(errors="backslashreplace").decode()
     args.stretch = args.partition is not None or args.from_offset is not None or args.to_offset < math.inf
@@ -338,8 +339,8 @@ def main():
 
     tell("Kafka Consumer has been initiated...")
     partitions = consumer.find_topic()
-    for number in SIGNALS:
-        signal.signal(number, consumer.on_signal)
+    signal.signal(signal.SIGINT, consumer.on_signal)
+    signal.signal(signal.SIGTERM, consumer.on_signal)
     if args.partition not in [None, *partitions]:
         sys.exit(f"kafka_consumer.py: topic {args.topic} has partitions {partitions}, and not {args.partition}")
     try:

@@ -62,10 +62,9 @@ class ReportingProducer:
         logger = None if "debug" in config else logging.Logger("librdkafka", level=logging.CRITICAL + 1)
         callbacks = {"on_delivery": self.on_delivery, "error_cb": self.on_error, "logger": logger}
         self.producer = Producer({**config, **callbacks})
-        # Unbuffered, so that each batch of lines is written at once and whole.
+        # Unbuffered, so that each line is written at once and whole.
         self.stdout = sys.stdout and open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
         self.log = None
-        self.lines = []
         self.delivered = self.failed = 0
         self.ending = self.last_error = None
         self.last_delivery, self.stalled = time.monotonic(), False
@@ -109,16 +108,16 @@ class ReportingProducer:
             now = time.monotonic()
             try:
                 # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
-                self.producer.poll(min(max(until - now, 0), 0.25))
+                served = self.producer.poll(min(max(until - now, 0), 0.25))
+                if served and self.quiet and sys.stderr.isatty():
+                    tell(f"{self.delivered} delivered", end="\r")
             except KafkaException as exception:  # It is fatal: the library sends nothing any more.
                 self.ending = self.ending or self.explain(exception.args[0])
-            if self.lines:
-                self.write_lines()
             if not len(self.producer):
                 self.last_delivery = now
             elif now - self.last_delivery > 2 and not self.stalled:
                 self.stalled = True
-                reason = self.last_error.str() if self.last_error else "no answer"
+                reason = words(self.last_error) if self.last_error else "no answer"
                 tell(f"Waiting for {self.servers} to confirm {len(self.producer)} events: {reason}")
             if now >= until or self.ending:
                 return
@@ -132,32 +131,33 @@ class ReportingProducer:
         self.write(self.stdout, f"Delivered {self.delivered} events to topic {self.topic}, {self.failed} failed.\n")
 
     def on_delivery(self, error, message):
-        """Takes the delivery report of one event."""
+        """Takes the delivery report of one event: its error, or the partition and offset where it was stored."""
         value = message.value().decode()
         if error:
             return self.fail(value, error)
         self.delivered += 1
         self.last_delivery = time.monotonic()
-        self.lines.append(
-            f"Produced message on topic {self.topic} with value of {value},"
-            f" partition {message.partition()}, offset {message.offset()}"
-        )
         if self.stalled:
             self.stalled = False
             tell("Delivering again.")
+        line = f"Produced message on topic {self.topic} with value of {value}"
+        line += f", partition {message.partition()}, offset {message.offset()}"
+        self.write_log(line)
+        if not self.quiet:
+            self.write(self.stdout, f"{line}\n")
 
     def fail(self, value, error):
         """Takes an event that will never be delivered."""
         self.failed += 1
-        line = f"Failed to deliver to topic {self.topic}: {error.str()}: value of {value}"
-        self.write(self.log, f"{timestamp()} {line}\n")
+        line = f"Failed to deliver to topic {self.topic}: {words(error)}: value of {value}"
+        self.write_log(line)
         if self.failed == 1 or not self.quiet:
             tell(line)
         if error.code() in HOPELESS:
             self.ending = self.ending or self.explain(error)
 
     def explain(self, error):
-        return f"can't write to topic {self.topic} at {self.servers}: {error.str()}"
+        return f"can't write to topic {self.topic} at {self.servers}: {words(error)}"
 
     def on_error(self, error):
         # That all brokers are down only follows from what was said of each.
@@ -169,15 +169,8 @@ class ReportingProducer:
             self.producer.purge()  # Reports as failed what is not delivered.
         self.ending = self.ending or "interrupted"
 
-    def write_lines(self):
-        """Writes a line for each delivery since the last call."""
-        lines, self.lines = self.lines, []
-        now = timestamp()
-        self.write(self.log, "".join(f"{now} {line}\n" for line in lines))
-        if not self.quiet:
-            self.write(self.stdout, "\n".join([*lines, ""]))
-        elif sys.stderr.isatty():
-            tell(f"{self.delivered} delivered", end="\r")
+    def write_log(self, line):
+        self.write(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def write(self, file, text):
         data = text.encode()
@@ -188,8 +181,9 @@ class ReportingProducer:
             self.ending = f"can't write to {'standard output' if file is self.stdout else file.name}: {error.strerror}"
 
 
-def timestamp():
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+def words(error):
+    """Returns what a KafkaError says, without how long it took and how often it was seen."""
+    return error.str().partition(" (after ")[0]
 
 
 def registration(fake):
@@ -220,18 +214,6 @@ def read_config(path):
     return config
 
 
-def whole_number(text):
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def seconds(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
 def parse_arguments():
     """Returns the options and the parser, which ends the program with status 2 for a wrong call."""
     parser = argparse.ArgumentParser(
@@ -247,9 +229,9 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
-    add("-c", "--count", type=whole_number, default=10, metavar="N",
+    add("-c", "--count", type=int, default=10, metavar="N",
         help="how many events; 0: until Ctrl-C (default: %(default)s)")  # fmt: skip
-    add("-i", "--interval", type=seconds, default=1.0, metavar="SECONDS",
+    add("-i", "--interval", type=float, default=1.0, metavar="SECONDS",
         help="from one event to the next; 0: as fast as possible (default: %(default)s)")  # fmt: skip
     add("-F", "--config", metavar="FILE", help="librdkafka properties, a line each: key=value (default: none)")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")
@@ -257,6 +239,8 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add("--seed", type=int, metavar="N", help="make the same people each time (default: others each time)")
     add("-q", "--quiet", action="store_true", help="no line per event here; the log file has them (default: off)")
     args = parser.parse_args()
+    if args.count < 0 or not 0 <= args.interval < math.inf:
+        parser.error(f"--count {args.count} --interval {args.interval}: both must be finite, and not negative")
     # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
     args.topic = args.topic.encode(errors="backslashreplace").decode()
     return args, parser

@@ -18,7 +18,7 @@ def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, gro
     assert committed(cluster, filled, group) == 10
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_commit_and_end(scripts, cluster, filled, group, signum):
     consumer = scripts.consumer("-t", filled, "-G", group)
     consumer.wait_for_lines(10)

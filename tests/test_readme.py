@@ -1,7 +1,8 @@
 """README.md word for word: every shell block is run, and prints what the README says that it prints.
 
-The words behind ```sh say how: "until Ctrl-C" ends it by that once it has printed what is shown; "docker" is only
-looked at; "kcat" needs kcat; "tests" would run these tests, and is compared with .ci/run.
+The words behind ```sh say how: "until Ctrl-C" ends it by that once it has printed what is shown; "outage" is the same
+with the cluster down for a while; "docker" is only looked at; "kcat" needs kcat; "tests" would run these tests, and is
+compared with .ci/run.
 """
 
 import os
@@ -31,6 +32,7 @@ def masked(text):
     """Text without what is different in each run: registrations, keys and times."""
     text = re.sub(r"\{.*\}", "{...}", text)
     text = re.sub(r"time=\S+ key=\d+", "time key", text)
+    text = re.sub(r"confirm \d+ events: .*|\(localhost.*\)", "reason", text)
     return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "date", text)
 
 
@@ -58,7 +60,10 @@ def test_every_block(tmp_path):
     environment = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     output = tmp_path / "output"
 
-    def run(command, until=None):
+    def cluster(*words):
+        subprocess.run([sys.executable, clone / "tests/local_cluster.py", *words], check=True, timeout=60)
+
+    def run(command, until=None, outage=False):
         print(f"$ {command}")
         with output.open("wb") as file:
             process = subprocess.Popen(
@@ -66,7 +71,12 @@ def test_every_block(tmp_path):
             )
         try:
             if until is not None:
-                wait_until(lambda: missing(until, output.read_text()) is None, f"{until!r} from {command}")
+                stages = re.split(r"(?m)^(?=Waiting for|No answer|Delivering again|.* answers again)", until)
+                for number in range(len(stages)) if outage else [len(stages) - 1]:
+                    if outage and number:
+                        cluster("down" if number == 1 else "up")
+                    lines = "".join(stages[: number + 1])
+                    wait_until(lambda it=lines: missing(it, output.read_text()) is None, f"{lines!r} from {command}")
                 os.killpg(process.pid, signal.SIGINT)
             process.wait(120)
         finally:
@@ -84,14 +94,14 @@ def test_every_block(tmp_path):
                 continue
             ran += 1
             subprocess.run(["bash", "-n", "-c", text], check=True)
-            if words == "until Ctrl-C":
+            if words in ("until Ctrl-C", "outage"):
                 end = "Printed 10 events."  # Comes after Ctrl-C.
-                run(command, shown.replace(end, ""))
+                run(command, shown.replace(end, ""), words == "outage")
             elif words not in ("docker", "tests") and (words != "kcat" or shutil.which("kcat")):
                 assert run(command) == 0, output.read_text()
                 assert missing(shown, output.read_text()) is None, output.read_text()
     finally:
-        subprocess.run([sys.executable, clone / "tests/local_cluster.py", "down", "-v"], check=True, timeout=60)
+        cluster("down", "-v")
     assert ran == README.count("```sh")
 
 
