@@ -4,7 +4,16 @@ import time
 
 import pytest
 from conftest import EXTERNAL, create_topic, new_cluster, wait_until
-from faults import QUICK_RETURN, assert_all_there_once, bring_back, logged, random_moments, stored
+from faults import (
+    QUICK_RETURN,
+    SAME_PEOPLE,
+    assert_all_there_once,
+    bring_back,
+    logged,
+    order_of_people,
+    random_moments,
+    stored,
+)
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
 
@@ -28,7 +37,7 @@ def moments(request):
 
 def kill_in_the_middle(scripts, cluster, topic, moments):
     """Row 1: returns the producer of 5,000 events, whose broker was killed on the way and started again."""
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0)
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
     print(f"broker killed after {len(producer.lines) - 1} deliveries")
@@ -46,8 +55,9 @@ def test_broker_killed_and_back_while_producing(scripts, cluster, topic, moments
         create_topic(cluster, name, partitions=4)
         scripts.log.unlink(missing_ok=True)
         print(f"round {number}: ", end="")
+        order = order_of_people(scripts, cluster, f"{name}-calm", 5000)
         producer = kill_in_the_middle(scripts, cluster, name, moments)
-        assert_all_there_once(scripts, producer, cluster, name, 5000, partitions=4)
+        assert_all_there_once(scripts, producer, cluster, name, order, partitions=4)
         told = producer.stderr.splitlines()
         assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
         bring_back(cluster)
@@ -56,6 +66,8 @@ def test_broker_killed_and_back_while_producing(scripts, cluster, topic, moments
 def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
     scripts.folder.joinpath("short").write_text("delivery.timeout.ms=6000\n")
     create_topic(cluster, topic)
+    # A broker that has just started would take the 5,000 events late and all at once.
+    order_of_people(scripts, cluster, f"{topic}-calm", 5000)
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
@@ -81,9 +93,10 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
 
 def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     create_topic(cluster, topic, partitions=4)
+    order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
     # In the pause the producer sends again, on a new connection, what the broker then finds in the old one too.
     scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short", *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
     cluster.brokers[0].pause()
@@ -95,7 +108,7 @@ def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
         assert producer.process.poll() is None
     finally:
         cluster.brokers[0].resume()
-    assert_all_there_once(scripts, producer, cluster, topic, 5000, partitions=4)
+    assert_all_there_once(scripts, producer, cluster, topic, order, partitions=4)
     told = producer.stderr.splitlines()
     assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from confluent_kafka.admin import AdminClient
 from conftest import EXTERNAL, create_topic, new_cluster, wait_until
-from faults import QUICK_RETURN, assert_all_there_once, logged, random_moments, stored
+from faults import QUICK_RETURN, SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
 
@@ -41,14 +41,15 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group):
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_stderr("Got partitions")
     wait_until(complete, "three copies of everything")
+    order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
     leader = partition(topic).leader - 1
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0)
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
     print(f"{cluster.brokers[leader].name}, the leader, killed after {len(producer.lines) - 1} deliveries")
     cluster.brokers[leader].kill()
     cluster.brokers[leader].start_again()
-    assert_all_there_once(scripts, producer, cluster, topic, 5000)
+    assert_all_there_once(scripts, producer, cluster, topic, order)
     # Otherwise all events had been delivered before.
     assert "Waiting for" in producer.stderr
     assert "Delivering again." in producer.stderr
