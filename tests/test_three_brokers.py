@@ -43,7 +43,9 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group):
     wait_until(complete, "three copies of everything")
     order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
     leader = partition(topic).leader - 1
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
+    # Small batches, so that they arrive one by one at a leader that has done little yet.
+    scripts.folder.joinpath("small").write_text("batch.num.messages=100\n")
+    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "small", *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))
     print(f"{cluster.brokers[leader].name}, the leader, killed after {len(producer.lines) - 1} deliveries")
