@@ -233,7 +233,7 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
         help="how many events; 0: until Ctrl-C (default: %(default)s)")  # fmt: skip
     add("-i", "--interval", type=float, default=1.0, metavar="SECONDS",
         help="from one event to the next; 0: as fast as possible (default: %(default)s)")  # fmt: skip
-    add("-F", "--config", metavar="FILE", help="librdkafka properties, a line each: key=value (default: none)")
+    add("-F", "--config", metavar="FILE", help="librdkafka properties, one key=value a line (default: none)")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")
     add("--locale", default="en_US", help="language and country of the people, like de_DE (default: %(default)s)")
     add("--seed", type=int, metavar="N", help="make the same people each time (default: others each time)")

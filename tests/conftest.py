@@ -18,6 +18,9 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from local_cluster import DATA, Cluster
 
+# In the background of a shell script Ctrl-C is ignored, also by all programs that are started there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 # A cluster that is already up, for the tests that do not have to break it.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
