@@ -281,8 +281,14 @@ def offset(text):
     return text if text in ("beginning", "end") else int(text)
 
 
+def refuse(text):
+    """Ends the program, which was called wrongly."""
+    tell(f"kafka_consumer.py: {text} (--help lists the options)")
+    sys.exit(2)
+
+
 def parse_arguments():
-    """Returns the options and the parser; ends the program with status 2 for a wrong call."""
+    """Returns the options; ends the program with status 2 for a wrong call."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -292,7 +298,7 @@ def parse_arguments():
 
 exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call""",
     )
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text} (--help lists the options)\n")
+    parser.error = refuse
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
@@ -310,18 +316,18 @@ exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call""",
     args = parser.parse_args()
     for name in ("partition", "to_offset", "max_messages"):
         if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: can't be negative")
+            refuse(f"--{name.replace('_', '-')} {getattr(args, name)}: can't be negative")
     # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
     args.topic = args.topic.encode(errors="backslashreplace").decode()
     args.stretch = args.partition is not None or args.from_offset is not None or args.to_offset < math.inf
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
     if args.first_offset > args.to_offset:
-        parser.error("--from-offset is after --to-offset")
-    return args, parser
+        refuse("--from-offset is after --to-offset")
+    return args
 
 
 def main():
-    args, parser = parse_arguments()
+    args = parse_arguments()
     try:
         config = DEFAULTS | (read_config(args.config) if args.config else {})
         config |= {"bootstrap.servers": args.bootstrap_servers or config["bootstrap.servers"]}
@@ -333,7 +339,7 @@ def main():
         consumer = PrintingConsumer(config, args)
     except Exception as error:  # The library has many ways to refuse a property.
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
-        parser.error(f"can't use the configuration {args.config or ''}: {reason}")
+        refuse(f"can't use the configuration {args.config or ''}: {reason}")
     if sys.stdout is None:
         sys.exit("kafka_consumer.py: standard output is closed, and the events have nowhere to go")
 

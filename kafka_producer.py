@@ -85,7 +85,9 @@ class ReportingProducer:
             seconds = time.monotonic() - start
             if error.code() in HOPELESS or seconds > 28:  # The start took up to one second, and so does a try.
                 sys.exit(f"kafka_producer.py: {problem}")
-            if seconds > 1.5 and not told:
+            # A topic that is just being created has no leader for a moment.
+            patience = 5 if error.code() == KafkaError.LEADER_NOT_AVAILABLE else 1.5
+            if seconds > patience and not told:
                 told = True
                 tell(f"Trying for 30 s: {problem}")
             time.sleep(0.05)
@@ -214,8 +216,14 @@ def read_config(path):
     return config
 
 
+def refuse(text):
+    """Ends the program, which was called wrongly."""
+    tell(f"kafka_producer.py: {text} (--help lists the options)")
+    sys.exit(2)
+
+
 def parse_arguments():
-    """Returns the options and the parser, which ends the program with status 2 for a wrong call."""
+    """Returns the options; ends the program with status 2 for a wrong call."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -225,7 +233,7 @@ def parse_arguments():
 
 exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted""",
     )
-    parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text} (--help lists the options)\n")
+    parser.error = refuse
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
@@ -240,14 +248,14 @@ exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 interrupted"
     add("-q", "--quiet", action="store_true", help="no line per event here; the log file has them (default: off)")
     args = parser.parse_args()
     if args.count < 0 or not 0 <= args.interval < math.inf:
-        parser.error(f"--count {args.count} --interval {args.interval}: both must be finite, and not negative")
+        refuse(f"--count {args.count} --interval {args.interval}: both must be finite, and not negative")
     # Bytes that are not UTF-8, which librdkafka can't take, become \udcNN, which the broker refuses as a name.
     args.topic = args.topic.encode(errors="backslashreplace").decode()
-    return args, parser
+    return args
 
 
 def main():
-    args, parser = parse_arguments()
+    args = parse_arguments()
     try:
         config = DEFAULTS | (read_config(args.config) if args.config else {})
         if args.bootstrap_servers:
@@ -255,12 +263,12 @@ def main():
         producer = ReportingProducer(config, args.topic, args.quiet)
     except Exception as error:  # The library has many ways to refuse a property.
         reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
-        parser.error(f"can't use the configuration {args.config or ''}: {reason}")
+        refuse(f"can't use the configuration {args.config or ''}: {reason}")
     try:
         # Weighting picks common names more often, which takes three times as long; [0] is the one locale's own object.
         fake = Faker(args.locale, use_weighting=False).factories[0]
     except (AttributeError, ValueError):
-        parser.error(f"Faker knows no locale {args.locale!r}")
+        refuse(f"Faker knows no locale {args.locale!r}")
     if args.seed is not None:
         fake.seed_instance(args.seed)
     try:
