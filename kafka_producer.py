@@ -62,9 +62,9 @@ class ReportingProducer:
         logger = None if "debug" in config else logging.Logger("librdkafka", level=logging.CRITICAL + 1)
         callbacks = {"on_delivery": self.on_delivery, "error_cb": self.on_error, "logger": logger}
         self.producer = Producer({**config, **callbacks})
-        # Unbuffered, so that each line is written at once and whole.
+        # Unbuffered, so that each batch of lines is written at once and whole.
         self.stdout = sys.stdout and open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
-        self.log = None
+        self.log, self.lines = None, []
         self.delivered = self.failed = 0
         self.ending = self.last_error = None
         self.last_delivery, self.stalled = time.monotonic(), False
@@ -110,11 +110,11 @@ class ReportingProducer:
             now = time.monotonic()
             try:
                 # Calls on_delivery and on_error; in short turns, since Ctrl-C is seen only between them.
-                served = self.producer.poll(min(max(until - now, 0), 0.25))
-                if served and self.quiet and sys.stderr.isatty():
-                    tell(f"{self.delivered} delivered", end="\r")
+                self.producer.poll(min(max(until - now, 0), 0.25))
             except KafkaException as exception:  # It is fatal: the library sends nothing any more.
                 self.ending = self.ending or self.explain(exception.args[0])
+            if self.lines:
+                self.write_lines()
             if not len(self.producer):
                 self.last_delivery = now
             elif now - self.last_delivery > 2 and not self.stalled:
@@ -142,17 +142,14 @@ class ReportingProducer:
         if self.stalled:
             self.stalled = False
             tell("Delivering again.")
-        line = f"Produced message on topic {self.topic} with value of {value}"
-        line += f", partition {message.partition()}, offset {message.offset()}"
-        self.write_log(line)
-        if not self.quiet:
-            self.write(self.stdout, f"{line}\n")
+        place = f"partition {message.partition()}, offset {message.offset()}"
+        self.lines.append(f"Produced message on topic {self.topic} with value of {value}, {place}\n")
 
     def fail(self, value, error):
         """Takes an event that will never be delivered."""
         self.failed += 1
         line = f"Failed to deliver to topic {self.topic}: {words(error)}: value of {value}"
-        self.write_log(line)
+        self.write(self.log, f"{timestamp()} {line}\n")
         if self.failed == 1 or not self.quiet:
             tell(line)
         if error.code() in HOPELESS:
@@ -171,8 +168,15 @@ class ReportingProducer:
             self.producer.purge()  # Reports as failed what is not delivered.
         self.ending = self.ending or "interrupted"
 
-    def write_log(self, line):
-        self.write(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+    def write_lines(self):
+        """Writes the lines of the deliveries since the last call, at once: at full speed that saves a tenth."""
+        lines, self.lines = self.lines, []
+        now = timestamp()
+        self.write(self.log, "".join(f"{now} {line}" for line in lines))
+        if not self.quiet:
+            self.write(self.stdout, "".join(lines))
+        elif sys.stderr.isatty():
+            tell(f"{self.delivered} delivered", end="\r")
 
     def write(self, file, text):
         data = text.encode()
@@ -181,6 +185,10 @@ class ReportingProducer:
                 data = data[file.write(data) :]  # A disk that is nearly full takes a part.
         except OSError as error:
             self.ending = f"can't write to {'standard output' if file is self.stdout else file.name}: {error.strerror}"
+
+
+def timestamp():
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def words(error):
