@@ -125,8 +125,7 @@ def test_one_of_two_consumers_killed(scripts, cluster, topic, group, moments):
     victim.process.kill()
     start = time.monotonic()
     # Its last assignment: the one that came first had all four before.
-    takes_over = f"{victim.name}'s partitions for {other!r}"
-    wait_until(lambda: other.stderr.split(got)[-1].startswith("0, 1, 2, 3"), takes_over, limit=6 + 3 + 2)
+    wait_until(lambda: other.stderr.split(got)[-1].startswith("0, 1, 2, 3"), f"the takeover by {other!r}", 6 + 3 + 2)
     print(f"taken over {time.monotonic() - start:.1f} s after {len(victim.lines)} events")
     assert producer.end() == 130
     events = stored(cluster, topic, partitions=4)

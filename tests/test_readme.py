@@ -71,9 +71,10 @@ def test_every_block(tmp_path):
             )
         try:
             if until is not None:
-                stages = re.split(r"(?m)^(?=Waiting for|No answer|Delivering again|.* answers again)", until)
-                for number in range(len(stages)) if outage else [len(stages) - 1]:
-                    if outage and number:
+                turns = r"(?m)^(?=Waiting for|No answer|Delivering again|.* answers again)"
+                stages = re.split(turns, until) if outage else [until]
+                for number in range(len(stages)):
+                    if number:
                         cluster("down" if number == 1 else "up")
                     lines = "".join(stages[: number + 1])
                     wait_until(lambda it=lines: missing(it, output.read_text()) is None, f"{lines!r} from {command}")
