@@ -1,30 +1,62 @@
-"""What docker-compose.yaml must say; that its settings work is shown by all other tests, which run on them."""
+"""What the compose files must say; that their settings work is shown by all other tests, which run on them."""
 
 import re
 
 import pytest
 import yaml
+from conftest import THREE_BROKERS, copy_with_free_ports
 from local_cluster import COMPOSE_FILE, Cluster, ClusterError, broker_properties, zookeeper_properties
 
-COMPOSE = yaml.safe_load(COMPOSE_FILE.read_text())
-ZOOKEEPER, BROKER = COMPOSE["services"]["zookeeper"], COMPOSE["services"]["broker"]
+ONE = yaml.safe_load(COMPOSE_FILE.read_text())
+THREE = yaml.safe_load(THREE_BROKERS.read_text())
+ZOOKEEPER, BROKER = ONE["services"]["zookeeper"], ONE["services"]["broker"]
+BROKERS_OF_THREE = {name: service for name, service in THREE["services"].items() if name != "zookeeper"}
 
 
-def test_two_services_with_pinned_images_of_one_version():
-    assert set(COMPOSE) == {"services", "volumes"}  # `version:` is obsolete
-    assert set(COMPOSE["services"]) == {"zookeeper", "broker"}
-    assert {name: service["container_name"] for name, service in COMPOSE["services"].items()} == {
+def test_services_with_pinned_images_of_one_version():
+    assert set(ONE) == {"services", "volumes"}  # `version:` is obsolete
+    assert set(ONE["services"]) == {"zookeeper", "broker"}
+    assert {name: service["container_name"] for name, service in ONE["services"].items()} == {
         "zookeeper": "zookeeper",
         "broker": "broker",
     }
     assert ZOOKEEPER["image"] == "confluentinc/cp-zookeeper:7.9.8"
     assert BROKER["image"] == "confluentinc/cp-kafka:7.9.8"
+    assert list(THREE["services"]) == ["zookeeper", "broker", "broker-2", "broker-3"]
+
+
+def test_three_brokers_differ_only_in_what_three_brokers_need():
+    zookeeper = {key: value for key, value in ZOOKEEPER.items() if key != "container_name"}
+    assert THREE["services"]["zookeeper"] == zookeeper
+    copies = {
+        "default.replication.factor": "3",
+        "offsets.topic.replication.factor": "3",
+        "transaction.state.log.replication.factor": "3",
+        "min.insync.replicas": "2",
+        "transaction.state.log.min.isr": "2",
+    }
+    for number, (name, service) in enumerate(BROKERS_OF_THREE.items(), start=1):
+        port = 9091 + number
+        own = {"environment", "ports", "volumes", "healthcheck"}
+        assert {key: service[key] for key in set(service) - own} == {
+            key: BROKER[key] for key in set(BROKER) - own - {"container_name"}
+        }
+        assert service["healthcheck"] == {**BROKER["healthcheck"], "test": ["CMD", "nc", "-z", "localhost", "29092"]}
+        assert broker_properties(service["environment"]) == {
+            **broker_properties(BROKER["environment"]),
+            **copies,
+            "broker.id": str(number),
+            "advertised.listeners": f"HOST://localhost:{port},CONTAINERS://{name}:29092",
+        }
+        assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+        assert service["volumes"] == [f"{name}-data:/var/lib/kafka/data"]
+    assert set(THREE["volumes"]) == {*ONE["volumes"], "broker-2-data", "broker-3-data"}
 
 
 def test_only_the_broker_is_published_and_only_on_loopback():
     assert "ports" not in ZOOKEEPER
     assert BROKER["ports"] == ["127.0.0.1:9092:9092"]
-    for service in COMPOSE["services"].values():
+    for service in ONE["services"].values():
         assert "network_mode" not in service
 
 
@@ -44,7 +76,7 @@ def test_all_folders_that_the_images_declare_are_mounted():
         "/var/lib/zookeeper/log",
         "/var/lib/kafka/data",
     ]
-    assert [name for name, _ in mounts] == list(COMPOSE["volumes"])
+    assert [name for name, _ in mounts] == list(ONE["volumes"])
     assert ZOOKEEPER["tmpfs"] == ["/etc/zookeeper/secrets"]
     assert BROKER["tmpfs"] == ["/etc/kafka/secrets"]
 
@@ -82,15 +114,20 @@ def test_names_become_properties_by_the_rule_of_the_images():
         zookeeper_properties({"ZOOKEEPER_NEW": 1})
 
 
-def test_the_local_cluster_changes_only_what_it_must(tmp_path):
+@pytest.mark.parametrize("compose_file", [COMPOSE_FILE, THREE_BROKERS], ids=["one", "three"])
+def test_the_local_cluster_changes_only_what_it_must(tmp_path, compose_file):
     """Every other setting of the compose file is passed on as it is."""
-    cluster = Cluster(tmp_path)
-    written = {}
-    for service in cluster.services:
-        service.start = lambda properties, _, name=service.name: written.update({name: properties})
-    cluster.start(detached=False)
-    asked = broker_properties(BROKER["environment"])
-    changed = {key for key, value in asked.items() if str(written["broker"][key]) != value}
-    assert changed == {"zookeeper.connect", "advertised.listeners"}
-    assert set(written["broker"]) - set(asked) == {"log.dirs", "listeners"}
-    assert "0.0.0.0" not in written["broker"]["listeners"]
+    cluster = Cluster(copy_with_free_ports(compose_file, tmp_path), tmp_path)
+    cluster.configure()
+    ports = {cluster.zookeeper.properties["clientPort"]}
+    for broker in cluster.brokers:
+        asked, written = broker_properties(broker.environment), broker.properties
+        changed = {key for key, value in asked.items() if written[key] != value}
+        assert changed == {"zookeeper.connect", "advertised.listeners"}
+        assert set(written) - set(asked) == {"log.dirs", "listeners"}
+        for_host, for_brokers = written["listeners"].split(",")
+        assert for_host == f"HOST://127.0.0.1:{broker.port}"
+        assert written["advertised.listeners"] == written["listeners"].replace("127.0.0.1", "localhost")
+        assert for_brokers.startswith("CONTAINERS://127.0.0.1:")
+        ports |= {address.rpartition(":")[2] for address in (for_host, for_brokers)}
+    assert len(ports) == 1 + 2 * len(cluster.brokers)
