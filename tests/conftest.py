@@ -132,28 +132,29 @@ def session_cluster():
             bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
         )
         yield cluster
-        delete_topics_and_groups(cluster)
+        delete_topics_and_groups(cluster, MARK)
         return
     with new_cluster() as cluster:
         yield cluster
 
 
-def delete_topics_and_groups(cluster):
-    """Deletes the topics and groups of this test process, and waits until they are gone."""
+def delete_topics_and_groups(cluster, mark):
+    """Deletes the topics and groups whose names begin with the mark, and waits until they are gone."""
     admin = AdminClient(cluster.client_config)
 
     def ours(names):
-        return [name for name in names if name.startswith(MARK)]
+        return [name for name in names if name.startswith(mark)]
 
-    def left():
+    def delete():
         topics = ours(admin.list_topics(timeout=10).topics)
         groups = ours(group.group_id for group in admin.list_consumer_groups().result(10).valid)
-        for deleted in (topics and admin.delete_topics(topics), groups and admin.delete_consumer_groups(groups)):
-            for future in (deleted or {}).values():
-                future.exception(10)  # A consumer that was killed is in its group for another 45 seconds.
-        return topics or groups
+        wishes = admin.delete_topics(topics) if topics else {}
+        wishes |= admin.delete_consumer_groups(groups) if groups else {}
+        for wish in wishes.values():
+            wish.exception(10)  # Refused while a consumer that was killed still counts as a member, up to 45 seconds.
+        return wishes
 
-    wait_until(lambda: not left(), f"the end of topics and groups {MARK}...", limit=60)
+    wait_until(lambda: not delete(), f"the end of topics and groups {mark}...", limit=60)
 
 
 @pytest.fixture

