@@ -305,20 +305,20 @@ class Cluster:
         for port in self.ports:
             if is_taken(port):
                 raise ClusterError(
-                    f"port {port} is taken by another program. Stop that first; if it is a cluster of another compose "
-                    "file or in Docker, by `down`."
+                    f"port {port} is taken by another program. End that first: the cluster of another compose file, or "
+                    "one in Docker, by `down`."
                 )
-        port = free_port()
+        zookeeper_port = free_port()
         zookeeper = zookeeper_properties(self.zookeeper.environment)
         # The image's own data folders (zookeeper.properties.template) don't exist here.
         zookeeper |= {"dataDir": self.zookeeper.data, "dataLogDir": self.zookeeper.data / "log"}
         # A container has its ports to itself and publishes none of this; here it is a free port on loopback.
-        zookeeper |= {"clientPort": port, "clientPortAddress": "127.0.0.1"}
+        zookeeper |= {"clientPort": zookeeper_port, "clientPortAddress": "127.0.0.1"}
         self.zookeeper.configure(zookeeper)
         for broker in self.brokers:
             properties = broker_properties(broker.environment)
             # As above: the image's data folder, and ZooKeeper's name and port.
-            properties |= {"log.dirs": broker.data, "zookeeper.connect": f"127.0.0.1:{port}"}
+            properties |= {"log.dirs": broker.data, "zookeeper.connect": f"127.0.0.1:{zookeeper_port}"}
             # Host names of containers mean nothing here, and only the listener for this machine has a port that
             # others know. Where the image listens on 0.0.0.0, loopback is enough.
             listeners = []
