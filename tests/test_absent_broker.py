@@ -53,7 +53,7 @@ def test_started_before_the_broker(scripts, cluster, topic, group):
     consumer = scripts.consumer("-t", topic, "-G", group)
     for script in (producer, consumer):
         script.wait_for_stderr("Trying for 30 s")
-    broker.start_again()
+    broker.start()
     assert producer.wait() == 0
     assert consumer.wait_for_lines(10) == [record.value.decode() for record in read_topic(cluster, topic)]
     assert consumer.end() == 0
@@ -66,7 +66,7 @@ def test_a_broker_that_is_killed_and_comes_back(scripts, cluster, topic, group):
     cluster.brokers[0].kill()
     producer.wait_for_stderr("Waiting for")
     consumer.wait_for_stderr("No answer from")
-    cluster.brokers[0].start_again()
+    cluster.brokers[0].start()
     producer.wait_for_stderr("Delivering again.")
     consumer.wait_for_stderr("answers again.")
     before = len(consumer.lines)
@@ -101,5 +101,5 @@ def test_ctrl_c_while_the_broker_is_away(scripts, cluster, topic, group):
         assert sum(" Failed to deliver " in line for line in log) == int(failed) > 0
         assert all(json.loads("{" + line.split("{", 1)[1].rsplit("}", 1)[0] + "}") for line in log)
     finally:
-        cluster.brokers[0].start_again()
+        cluster.brokers[0].start()
         wait_until(lambda: cluster.wait_until_ready() is None, "the broker")

@@ -44,7 +44,7 @@ def kill_in_the_middle(scripts, cluster, topic, moments):
     cluster.brokers[0].kill()
     # It would not say so if all events had been delivered before.
     producer.wait_for_stderr("Waiting for", limit=5)
-    cluster.brokers[0].start_again()
+    cluster.brokers[0].start()
     return producer
 
 
@@ -121,7 +121,7 @@ def test_zookeeper_killed_and_back(scripts, cluster, topic, group):
     before = len(consumer.lines)
     # Six seconds: ZooKeeper's session with the broker is over then.
     consumer.wait_for_lines(before + 1200)
-    cluster.zookeeper.start_again()
+    cluster.zookeeper.start()
     # The broker needs ZooKeeper to create one.
     create_topic(cluster, f"{topic}-new")
     before = len(consumer.lines)

@@ -1,72 +1,44 @@
-"""Three brokers with a copy of each event on all: they die one by one, and both scripts go on."""
+"""The cluster of three-brokers.yaml, a copy of each event on all: brokers die, and both scripts go on."""
 
 import time
 
 import pytest
 from confluent_kafka.admin import AdminClient
-from conftest import EXTERNAL, create_topic, new_cluster, wait_until
-from faults import QUICK_RETURN, SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
+from conftest import EXTERNAL, THREE_BROKERS, create_topic, new_cluster, wait_until
+from faults import SAME_PEOPLE, assert_all_there_once, bring_back, logged, order_of_people, random_moments, stored
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
 
-SETTINGS = {
-    "default.replication.factor": "3",
-    "min.insync.replicas": "2",
-    "offsets.topic.replication.factor": "3",
-    "offsets.topic.num.partitions": "1",
-    "transaction.state.log.replication.factor": "3",
-    "transaction.state.log.min.isr": "2",
-    **QUICK_RETURN,
-}
 
-
-@pytest.fixture
-def cluster():
-    with new_cluster(brokers=3, settings=SETTINGS) as cluster:
+@pytest.fixture(scope="module")
+def own_cluster():
+    with new_cluster(THREE_BROKERS) as cluster:
         yield cluster
 
 
-def test_each_broker_killed_in_turn(scripts, cluster, topic, group):
-    """First the leader, in the middle of 5,000 events; then the others, each when the one before has caught up."""
-    moments = random_moments("each")
-    create_topic(cluster, topic, replicas=3)
+@pytest.fixture
+def cluster(own_cluster):
+    yield own_cluster
+    bring_back(own_cluster)
+
+
+@pytest.fixture
+def partitions(cluster):
+    """partitions(topic): what the cluster says of a topic's partitions, as confluent_kafka's PartitionMetadata."""
     admin = AdminClient(cluster.client_config)
+    return lambda topic: list(admin.list_topics(topic, timeout=10).topics[topic].partitions.values())
 
-    def partition(name):
-        return admin.list_topics(name, timeout=10).topics[name].partitions[0]
 
-    def complete():
-        return all(len(partition(name).isrs) == 3 for name in (topic, "__consumer_offsets"))
+def wait_for_copies(partitions, *topics):
+    wait_until(
+        lambda: all(len(partition.isrs) == 3 for topic in topics for partition in partitions(topic)),
+        f"three copies of {topics}",
+        limit=60,
+    )
 
-    consumer = scripts.consumer("-t", topic, "-G", group)
-    consumer.wait_for_stderr("Got partitions")
-    wait_until(complete, "three copies of everything")
-    order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
-    leader = partition(topic).leader - 1
-    # Small batches, so that they arrive one by one at a leader that has done little yet.
-    scripts.folder.joinpath("small").write_text("batch.num.messages=100\n")
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "small", *SAME_PEOPLE)
-    producer.wait_for_lines(2)
-    time.sleep(moments.uniform(0, 0.15))
-    print(f"{cluster.brokers[leader].name}, the leader, killed after {len(producer.lines) - 1} deliveries")
-    cluster.brokers[leader].kill()
-    cluster.brokers[leader].start_again()
-    assert_all_there_once(scripts, producer, cluster, topic, order)
-    # Otherwise all events had been delivered before.
-    assert "Waiting for" in producer.stderr
-    assert "Delivering again." in producer.stderr
 
-    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005)
-    for broker in (cluster.brokers[leader - 1], cluster.brokers[leader - 2]):
-        wait_until(complete, "three copies of everything", limit=40)
-        leads = cluster.brokers[partition(topic).leader - 1].name
-        print(f"{broker.name} killed after {len(producer.lines) - 1} deliveries, led by {leads}")
-        broker.kill()
-        broker.start_again()
-        # More than were on their way to the screen: the two that are left have agreed to go on.
-        before = len(consumer.lines)
-        consumer.wait_for_lines(before + 400, limit=40)
-    assert producer.end() == 130
+def assert_all_printed(scripts, consumer, cluster, topic):
+    """Fails unless the consumer prints what the log says and the topic has, each once and in order."""
     produced, failed = logged(scripts)
     assert failed == []
     assert produced == stored(cluster, topic)
@@ -74,4 +46,72 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group):
     consumer.wait_for_lines(len(produced))
     assert consumer.end() == 0
     assert consumer.lines == [produced[place] for place in sorted(produced)]
-    print(f"{len(produced)} events")
+
+
+def test_topics_have_three_copies(scripts, topic, group, partitions):
+    """Those that are made by themselves, and Kafka's own."""
+    assert scripts.producer("-t", topic, "-c", 1).wait() == 0
+    assert scripts.consumer("-t", topic, "-G", group, "--exit").wait() == 0
+    for name in (topic, "__consumer_offsets"):
+        assert {len(partition.replicas) for partition in partitions(name)} == {3}
+
+
+def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions):
+    """It stays away until the two others have all 20,000 events, and all are printed."""
+    moments = random_moments("leader")
+    create_topic(cluster, topic, replicas=3)
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    consumer.wait_for_stderr("Got partitions")
+    order = order_of_people(scripts, cluster, f"{topic}-calm", 20_000)
+    wait_for_copies(partitions, topic, "__consumer_offsets")
+    leader = cluster.brokers[partitions(topic)[0].leader - 1]
+    producer = scripts.producer("-t", topic, "-c", 20_000, "-i", 0, *SAME_PEOPLE)
+    producer.wait_for_lines(moments.randint(500, 10_000))
+    leader.kill()
+    delivered = len(producer.lines) - 1
+    print(f"{leader.name}, the leader, killed after {delivered} deliveries")
+    assert delivered < 20_000
+    assert_all_there_once(scripts, producer, cluster, topic, order)
+    assert_all_printed(scripts, consumer, cluster, topic)
+    assert not leader.is_running()
+    print(f"producer: {producer.stderr!r}, consumer: {consumer.stderr!r}")
+
+
+def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
+    create_topic(cluster, topic, replicas=3)
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    consumer.wait_for_stderr("Got partitions")
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005)
+    producer.wait_for_lines(100)
+    for broker in cluster.brokers:
+        wait_for_copies(partitions, topic, "__consumer_offsets")
+        print(f"{broker.name} killed after {len(producer.lines) - 1} deliveries")
+        broker.kill()
+        # More than were on their way to the screen: the two that are left have agreed to go on.
+        consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+        broker.start()
+    assert producer.end() == 130
+    assert_all_printed(scripts, consumer, cluster, topic)
+
+
+def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
+    """The third takes no events alone; when another one is back, the producer goes on."""
+    create_topic(cluster, topic, replicas=3)
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005)
+    consumer.wait_for_lines(100)
+    wait_for_copies(partitions, topic, "__consumer_offsets")
+    first, second, _ = cluster.brokers
+    first.stop()
+    consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+    second.stop()
+    wait_until(lambda: len(partitions(topic)[0].isrs) == 1, "the end of two copies")
+    delivered = len(producer.lines)
+    start = time.monotonic()
+    wait_until(lambda: time.monotonic() > start + 3, "600 more events to be made")
+    assert len(producer.lines) == delivered
+    assert producer.process.poll() is None
+    first.start()
+    consumer.wait_for_lines(delivered + 1000, limit=40)
+    assert producer.end() == 130
+    assert_all_printed(scripts, consumer, cluster, topic)
