@@ -71,7 +71,7 @@ class Reporter:
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
             self.delivered += 1
         self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        if not self.quiet or self.failed == 1:
+        if not self.quiet or (error and self.failed == 1):
             print(line, file=sys.stderr if error else sys.stdout)
         elif sys.stderr.isatty():
             print(f"{self.delivered} delivered", end="\r", file=sys.stderr)
