@@ -1,7 +1,7 @@
-"""Prints the events of a Kafka topic, one a line, and resumes from its consumer group's last committed offset.
+"""Prints the events of a Kafka topic, one per line, and resumes from its consumer group's last committed offset.
 
   python kafka_consumer.py                                     what the group has not read yet, and then what comes
-  python kafka_consumer.py --from-offset -5 --exit --verbose   the last five events, without the group
+  python kafka_consumer.py --from-offset -5 --exit --verbose   the last five of each partition, without the group
 
 exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call
 """
@@ -20,26 +20,27 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
 DEFAULTS = {
-    "bootstrap.servers": "localhost:9092",
-    "group.id": "python-consumer",
-    "auto.offset.reset": "earliest",  # A group that has no offsets yet begins with the oldest event.
-    # The library commits the stored offsets every 5 seconds, and close() does. It would store an offset as soon as it
-    # has handed over the event; we do it when the event is printed, so that none is ever skipped: at-least-once.
+    "bootstrap.servers": "localhost:9092",  # Brokers to ask first; they tell the addresses of all others.
+    "group.id": "python-consumer",  # Consumers of one group share the partitions; Kafka keeps the group's offsets.
+    "auto.offset.reset": "earliest",  # A group without committed offsets begins with the oldest event.
+    # Every 5 s and in close() the library commits (saves in Kafka) the offsets that are stored. By default it stores an
+    # offset when it hands over the event; we do so after printing: no event is skipped, but a crash may repeat some.
     "enable.auto.offset.store": "false",
-    "enable.partition.eof": "true",  # Tell when a partition is read to its end, for --exit.
-    "queued.min.messages": "10000",  # Fetch until so many events wait in memory (100000 would take 50 MB more),
-    "fetch.queue.backoff.ms": "10",  # and again after 10 ms, not 1000: printing is fast.
+    "enable.partition.eof": "true",  # Let poll() return a _PARTITION_EOF "error" at the end of a partition.
+    "queued.min.messages": "10000",  # Read ahead this many events; 100000, the default, takes 50 MB more.
+    "fetch.queue.backoff.ms": "10",  # When so many are there, look again after 10 ms; 1000, the default, is too slow.
+    "topic.metadata.refresh.interval.ms": "2000",  # Notice soon that the topic has been created.
 }
-# The library logs each failed attempt to connect, though it goes on trying.
+# Leave out what the library logs when it tries again, or when --config has properties for producers.
 LIBRARY_LOG = logging.Logger("librdkafka")
 LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("CONFWARN", "FAIL"))
-# What could break a line or steer a terminal: control characters, line separators, changes of direction.
+LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "CONFWARN"))
+# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(data):
-    r"""Returns bytes as text of one line, with \n, \x1b and the like for what is unsafe or not UTF-8; None as null."""
+    r"""Returns bytes as one line of text, with \n, \x1b and the like for what is unsafe or not UTF-8; None as null."""
     text = "null" if data is None else data.decode(errors="backslashreplace")
     return text if text.isprintable() else UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -54,81 +55,72 @@ def event_line(message, verbose):
 
 
 class Reporter:
-    """Takes what the library and the system report by callbacks, and counts the printed events."""
+    """Its on_... methods are called by the library, from poll() and close(), and by the system for signals."""
 
     def __init__(self, servers):
         self.servers, self.printed, self.stopped = servers, 0, False
         self.reason, self.silent_until = f"{servers}: connection closed", 0
 
     def on_assign(self, _, partitions):
-        """Takes the partitions that this consumer gets whenever the group divides them among its members."""
+        """Called with the partitions that this consumer gets when the group divides them anew (rebalances)."""
         numbers = ", ".join(str(partition.partition) for partition in partitions)
         print(f"Got partitions: {numbers or 'none, other consumers of the group have them'}", file=sys.stderr)
 
     def on_error(self, error):
-        """Takes what the library says of its connections, which it goes on trying to make."""
+        """Called with what goes wrong with connections, which the library keeps trying to make."""
         if error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self.reason = error.str().partition(" (after ")[0]
+            self.reason = error.str().split(" (after ")[0]
         elif time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             hint = "Is Kafka running (docker compose up -d --wait)? Are the properties for TLS and passwords right?"
-            if not any(server in self.reason for server in self.servers.split(",")):
+            if not any(server.strip() in self.reason for server in self.servers.split(",")):
                 hint = f"{self.servers} gave this address itself (advertised.listeners); it can't be reached from here."
             print(f"Can't connect: {self.reason}\n{hint}", file=sys.stderr)
 
     def on_signal(self, *_):
-        """Ends the reading; after this a second Ctrl-C or SIGTERM ends the program, whatever it waits for."""
+        """Ends the reading; a second Ctrl-C or SIGTERM then ends the program at once."""
         self.stopped = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def wait_for_broker(consumer):
-    """Returns {name: TopicMetadata} of all topics; ends the program after 30 s without an answer."""
-    for seconds in (1, 2, 4, 8, 15):
-        try:
-            return consumer.list_topics(timeout=seconds).topics
-        except KafkaException:
-            consumer.poll(0)  # Calls on_error.
-    sys.exit("kafka_consumer.py: no answer for 30 seconds")
-
-
 def print_events(consumer, reporter, args):
     """Prints events until a signal comes, or all that were asked for are printed."""
-    finished = set()  # The partitions that are read as far as they are to be read.
+    finished = set()  # The partitions that need no more reading.
     while not reporter.stopped and reporter.printed < args.max_messages:
-        if set() < {partition.partition for partition in consumer.assignment()} <= finished:
+        assigned = {partition.partition for partition in consumer.assignment()}
+        if assigned and assigned <= finished:
             break
-        first, lines, last = consumer.poll(0.5), [], {}  # poll() calls on_assign and on_error.
-        if first is None:
+        message = consumer.poll(0.5)  # Also calls on_assign and on_error; short, so that Ctrl-C is noticed.
+        if message is None:  # Nothing there yet.
             continue
-        # All others that have arrived come in one go, which is faster than a poll() for each.
-        for message in [first, *consumer.consume(min(args.max_messages - reporter.printed, 1000) - 1, 0)]:
-            error, partition, offset = message.error(), message.partition(), message.offset()
+        # The others that have arrived, without waiting: one by one would be slower.
+        batch, events = [message, *consumer.consume(min(args.max_messages - reporter.printed, 1000) - 1, 0)], []
+        for message in batch:
+            error, offset = message.error(), message.offset()
             if error is None:
                 if args.first_offset <= offset <= args.to_offset:
-                    lines.append(event_line(message, args.verbose))
-                    last[partition] = message
-                if offset >= args.to_offset:
-                    finished.add(partition)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                if args.exit or offset > args.to_offset:
-                    finished.add(partition)
-            elif args.exit or error.fatal() or "AUTHORIZATION" in error.name():
-                raise KafkaException(error)
-            else:
-                print(error.str(), file=sys.stderr)
-        print("".join(lines), end="", flush=True)
-        reporter.printed += len(lines)
-        for message in last.values():
-            with contextlib.suppress(KafkaException):  # Another consumer has got the partition, and prints them again.
+                    events.append(message)
+            elif error.code() != KafkaError._PARTITION_EOF:
+                if args.exit or error.fatal() or "AUTHORIZATION" in error.name():
+                    raise KafkaException(error)
+                print(error.str(), file=sys.stderr)  # The library tries again by itself.
+                continue
+            if (args.exit and error) or offset + (error is None) > args.to_offset:
+                finished.add(message.partition())
+        print("".join(event_line(message, args.verbose) for message in events), end="", flush=True)
+        reporter.printed += len(events)
+        # Only now are they done. Stores the offset after the last one of each partition: there the group goes on.
+        for message in () if args.without_group else {message.partition(): message for message in events}.values():
+            with contextlib.suppress(KafkaException):  # Another consumer has the partition now, and repeats them.
                 consumer.store_offsets(message)
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Nothing is at stake yet: Ctrl-C ends the program at once.
-    sys.stdout.reconfigure(encoding="utf-8")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # There is nothing to save yet: Ctrl-C ends the program at once.
     args = parse_arguments()
+    # UTF-8 whatever the terminal is set to, and buffered also under PYTHONUNBUFFERED, which could lose parts of lines.
+    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
     reporter = Reporter(args.config["bootstrap.servers"])
     try:
         consumer = Consumer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})
@@ -137,8 +129,7 @@ def main():
         print(f"kafka_consumer.py: can't use the properties of --config: {reason}", file=sys.stderr)
         sys.exit(2)
     print("Kafka Consumer has been initiated...", file=sys.stderr)
-    topics = wait_for_broker(consumer)
-    print(f"Available topics to consume: {', '.join(sorted(topics))}", file=sys.stderr)
+    print(f"Available topics to consume: {', '.join(available_topics(consumer)) or 'none yet'}", file=sys.stderr)
     signal.signal(signal.SIGINT, reporter.on_signal)
     signal.signal(signal.SIGTERM, reporter.on_signal)
     try:
@@ -151,10 +142,20 @@ def main():
     except KafkaException as error:
         sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes in the end what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write the rest in the end.
         sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
     finally:
-        consumer.close()  # Commits the offsets that are stored, and leaves the group.
+        consumer.close()  # Commits the stored offsets and leaves the group.
+
+
+def available_topics(consumer):
+    """Returns the names of all topics as soon as a broker answers; ends the program after 30 s without an answer."""
+    for seconds in (1, 2, 4, 8, 15):  # Enough for the one answer about the many topics of a large cluster.
+        try:
+            return sorted(consumer.list_topics(timeout=seconds).topics)
+        except KafkaException:
+            consumer.poll(0)  # Calls on_error.
+    sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
 
 
 def assign_range(consumer, args):
@@ -164,17 +165,18 @@ def assign_range(consumer, args):
         raise KafkaException(topic.error)
     start = []
     for number in sorted(topic.partitions) if args.partition is None else [args.partition]:
+        # The oldest offset, and the one that the next event will get.
         low, high = consumer.get_watermark_offsets(TopicPartition(args.topic, number), timeout=10)
         wanted = {None: low, "beginning": low, "end": high}.get(args.from_offset, args.from_offset)
-        # -5 is 5 before the end. What is not there yet is waited for.
         offset = min(max(wanted if wanted >= 0 else high + wanted, low), high)
-        print(f"Partition {number} holds offsets {low} to {high - 1}. Reading from {offset}.", file=sys.stderr)
+        held = f"holds offsets {low} to {high - 1}" if low < high else "is empty"
+        print(f"Partition {number} {held}. Reading from offset {offset}.", file=sys.stderr)
         start.append(TopicPartition(args.topic, number, offset))
     consumer.assign(start)
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError if it has others but # comments."""
+    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for others, but for # comments."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.*?)|#.*)?\s*", line) for line in file]
@@ -190,7 +192,6 @@ def offset(text):
 
 
 def parse_arguments():
-    """Returns the options, with all properties in `config`; ends the program with status 2 for a wrong call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
@@ -198,7 +199,7 @@ def parse_arguments():
     add("-G", "--group", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("-p", "--partition", type=int, help="only this one, without the group (default: all)")
-    add("--from-offset", type=offset, metavar="N", help="begin here, not where the group is: N, -N, beginning or end")
+    add("--from-offset", type=offset, help="begin here, without the group: N, -N (from the end), beginning, end")
     add("--to-offset", type=int, default=sys.maxsize, help="end after this offset, without the group")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
@@ -209,7 +210,7 @@ def parse_arguments():
     args.without_group = args.partition is not None or args.from_offset is not None or args.to_offset < sys.maxsize
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
     if args.first_offset > args.to_offset or min(args.to_offset, args.max_messages, args.partition or 0) < 0:
-        parser.error("--to-offset is before --from-offset, or a number is negative that can't be")
+        parser.error("--to-offset can't be before --from-offset; it, --max-messages and --partition can't be negative")
     given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group}
     args.config = DEFAULTS | args.config | {name: value for name, value in given.items() if value}
     return args

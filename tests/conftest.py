@@ -269,6 +269,18 @@ def committed(cluster, topic, group, partition=0):
         consumer.close()
 
 
+def press_again(script, signum):
+    """Sends a signal again and again, as impatient people do, for two seconds at most; returns the exit status."""
+
+    def ended():
+        if script.process.poll() is None:
+            script.process.send_signal(signum)
+        return script.process.poll() is not None
+
+    wait_until(ended, f"the end of {script!r}", limit=2)
+    return script.process.returncode
+
+
 def numbered(count):
     """Returns that many distinct JSON events as bytes."""
     return [json.dumps({"number": number}).encode() for number in range(count)]

@@ -42,7 +42,9 @@ def logged(scripts):
             assert place not in produced, f"logged twice: {place}"
             produced[place] = found[1]
         else:
-            failed.append(re.fullmatch(r"\S+ \S+ Failed to deliver to topic \S+: .*: value of (\{.*\})", line)[1])
+            failed.append(
+                re.fullmatch(r"\S+ \S+ Failed to deliver to topic \S+ with value of (\{.*\}): [^{}]*", line)[1]
+            )
     return produced, failed
 
 

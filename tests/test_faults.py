@@ -35,6 +35,13 @@ def moments(request):
     return random_moments(request.node.name)
 
 
+def assert_only_outages(producer):
+    """Fails unless all that the producer told is that the broker was away, in messages of two lines."""
+    told = [line for line in producer.stderr.splitlines() if not line.startswith(("REQTMOUT", "Is Kafka running"))]
+    assert told
+    assert all(line.startswith("Can't connect: ") for line in told), told
+
+
 def kill_in_the_middle(scripts, cluster, topic, moments):
     """Row 1: returns the producer of 5,000 events, whose broker was killed on the way and started again."""
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
@@ -42,8 +49,8 @@ def kill_in_the_middle(scripts, cluster, topic, moments):
     time.sleep(moments.uniform(0, 0.15))
     print(f"broker killed after {len(producer.lines) - 1} deliveries")
     cluster.brokers[0].kill()
-    # It would not say so if all events had been delivered before.
-    producer.wait_for_stderr("Waiting for", limit=5)
+    assert len(producer.lines) - 1 < 5000, "killed too late"
+    producer.wait_for_stderr("Can't connect", limit=5)
     cluster.brokers[0].start()
     return producer
 
@@ -58,33 +65,30 @@ def test_broker_killed_and_back_while_producing(scripts, cluster, topic, moments
         order = order_of_people(scripts, cluster, f"{name}-calm", 5000)
         producer = kill_in_the_middle(scripts, cluster, name, moments)
         assert_all_there_once(scripts, producer, cluster, name, order, partitions=4)
-        told = producer.stderr.splitlines()
-        assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
+        assert_only_outages(producer)
         bring_back(cluster)
 
 
 def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
+    """The first event that fails ends the sending; what is on its way then is reported too."""
     scripts.folder.joinpath("short").write_text("delivery.timeout.ms=6000\n")
     create_topic(cluster, topic)
-    # A broker that has just started would take the 5,000 events late and all at once.
-    order_of_people(scripts, cluster, f"{topic}-calm", 5000)
-    producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short")
-    producer.wait_for_lines(2)
-    time.sleep(moments.uniform(0, 0.15))
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.001, "-F", "short")
+    producer.wait_for_lines(moments.randint(100, 2000))
     cluster.brokers[0].kill()
     print(f"broker killed after {len(producer.lines) - 1} deliveries")
     start = time.monotonic()
-    # The library looks once a second for what is overdue.
-    assert producer.wait(6 + 4) == 1
+    # Six seconds until the first fails and as long for the last one; the library looks once a second for what is overdue.
+    assert producer.wait(2 * (6 + 2)) == 1
     print(f"ended {time.monotonic() - start:.1f} s later")
     bring_back(cluster)
     produced, failed = logged(scripts)
     assert producer.lines[-1] == f"Delivered {len(produced)} events to topic {topic}, {len(failed)} failed."
     assert produced
     assert failed
-    assert len({*produced.values(), *failed}) == len(produced) + len(failed) == 5000
+    assert len({*produced.values(), *failed}) == len(produced) + len(failed)
     assert producer.stderr.count("Failed to deliver") == len(failed)
-    assert "Waiting for" in producer.stderr
+    assert "Can't connect" in producer.stderr
     # What was on its way when the broker died may be stored, though nobody could say so.
     events = stored(cluster, topic)
     assert produced.items() <= events.items()
@@ -94,7 +98,7 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
 def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     create_topic(cluster, topic, partitions=4)
     order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
-    # In the pause the producer sends again, on a new connection, what the broker then finds in the old one too.
+    # The library notices after this time, and sends again, on a new connection, what the broker will find in the old one too.
     scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short", *SAME_PEOPLE)
     producer.wait_for_lines(2)
@@ -103,14 +107,12 @@ def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     print(f"broker paused after {len(producer.lines) - 1} deliveries")
     try:
         end = time.monotonic() + 20
-        producer.wait_for_stderr("Waiting for", limit=5)
         wait_until(lambda: time.monotonic() > end, "the end of the pause", limit=21)
         assert producer.process.poll() is None
     finally:
         cluster.brokers[0].resume()
     assert_all_there_once(scripts, producer, cluster, topic, order, partitions=4)
-    told = producer.stderr.splitlines()
-    assert [line.split(" ")[0] for line in told] == ["Waiting", "Delivering"], told
+    assert_only_outages(producer)
 
 
 def test_zookeeper_killed_and_back(scripts, cluster, topic, group):
