@@ -27,16 +27,16 @@ DEFAULTS = {
     # offset when it hands over the event; we do so after printing: no event is skipped, but a crash may repeat some.
     "enable.auto.offset.store": "false",
     "enable.partition.eof": "true",  # Let poll() return a _PARTITION_EOF "error" at the end of a partition.
-    "queued.min.messages": "10000",  # Read ahead this many events; 100000, the default, takes 50 MB more.
+    "queued.min.messages": "10000",  # Read ahead this many events per partition: fewer than usual, to save memory.
     "fetch.queue.backoff.ms": "10",  # When so many are there, look again after 10 ms; 1000, the default, is too slow.
     "topic.metadata.refresh.interval.ms": "2000",  # Notice soon that the topic has been created.
 }
-# Leave out what the library logs when it tries again, or when --config has properties for producers.
+# Leave out what the library logs when it tries again, what it reports too, and properties that are for producers.
 LIBRARY_LOG = logging.Logger("librdkafka")
 LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "CONFWARN"))
+LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "MAXPOLL", "CONFWARN"))
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(data):
@@ -49,7 +49,7 @@ def event_line(message, verbose):
     """Returns the line to print for an event."""
     if not verbose:
         return f"{printable(message.value())}\n"
-    when = datetime.fromtimestamp(min(message.timestamp()[1] / 1000, 253402300799), timezone.utc)  # The year 9999.
+    when = datetime.fromtimestamp(max(0, min(message.timestamp()[1] / 1000, 253402300799)), timezone.utc)  # To 9999.
     place = f"partition={message.partition()} offset={message.offset()} time={when.isoformat(timespec='milliseconds')}"
     return f"{place} key={printable(message.key())} {printable(message.value())}\n"
 
@@ -61,10 +61,10 @@ class Reporter:
         self.servers, self.printed, self.stopped = servers, 0, False
         self.reason, self.silent_until = f"{servers}: connection closed", 0
 
-    def on_assign(self, _, partitions):
-        """Called with the partitions that this consumer gets when the group divides them anew (rebalances)."""
-        numbers = ", ".join(str(partition.partition) for partition in partitions)
-        print(f"Got partitions: {numbers or 'none, other consumers of the group have them'}", file=sys.stderr)
+    def on_assign(self, consumer, partitions):
+        """Called with the partitions that are new to this consumer, when the group divides them anew (rebalances)."""
+        numbers = sorted(partition.partition for partition in [*consumer.assignment(), *partitions])
+        print(f"Got partitions: {', '.join(map(str, numbers)) or 'none, other members have them'}", file=sys.stderr)
 
     def on_error(self, error):
         """Called with what goes wrong with connections, which the library keeps trying to make."""
@@ -102,7 +102,7 @@ def print_events(consumer, reporter, args):
                 if args.first_offset <= offset <= args.to_offset:
                     events.append(message)
             elif error.code() != KafkaError._PARTITION_EOF:
-                if args.exit or error.fatal() or "AUTHORIZATION" in error.name():
+                if args.exit or re.search("FATAL|AUTHORIZATION", error.name()):
                     raise KafkaException(error)
                 print(error.str(), file=sys.stderr)  # The library tries again by itself.
                 continue
@@ -138,7 +138,7 @@ def main():
         else:
             consumer.subscribe([args.topic], on_assign=reporter.on_assign)
         print_events(consumer, reporter, args)
-        print(f"Printed {reporter.printed} events.", file=sys.stderr)
+        print(f"Printed {reporter.printed} events. Closing.", file=sys.stderr)
     except KafkaException as error:
         sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
     except OSError as error:
@@ -179,7 +179,7 @@ def properties(path):
     """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for others, but for # comments."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.*?)|#.*)?\s*", line) for line in file]
+            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.+?)|#.*)?\s*", line) for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
     if None in matches:  # The line is not shown, since it may hold a password.
@@ -209,9 +209,9 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     args.without_group = args.partition is not None or args.from_offset is not None or args.to_offset < sys.maxsize
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
-    if args.first_offset > args.to_offset or min(args.to_offset, args.max_messages, args.partition or 0) < 0:
-        parser.error("--to-offset can't be before --from-offset; it, --max-messages and --partition can't be negative")
-    given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group}
+    if args.first_offset > args.to_offset or args.max_messages < 0 or (args.partition or 0) not in range(2**31):
+        parser.error("--to-offset is before --from-offset or 0, or --max-messages or --partition out of range")
+    given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group, "enable.auto.offset.store": "false"}
     args.config = DEFAULTS | args.config | {name: value for name, value in given.items() if value}
     return args
 

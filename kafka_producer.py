@@ -26,10 +26,10 @@ DEFAULTS = {
     "topic.metadata.propagation.max.ms": "5000",  # Give up on a topic that is still unknown after 5 seconds.
     "partitioner": "murmur2_random",  # Send a key to the same partition as Java's producers do.
 }
-# Leave out what the library logs when it tries again, or when --config has properties for consumers.
+# Leave out what the library logs when it tries again, what it reports too, and properties that are for consumers.
 LIBRARY_LOG = logging.Logger("librdkafka")
 LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "GETPID", "CONFWARN"))
+LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "GETPID", "CONFWARN"))
 
 
 def registration(fake):
@@ -90,7 +90,7 @@ class Reporter:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def flush(self):
-        """Writes the lines of the reports to the log file and to standard output."""
+        """Writes the lines of the reports to the log file and to standard output; returns exit_status."""
         for file, name in ((self.log, self.log.name), (sys.stdout, "standard output")):
             try:
                 file.flush()
@@ -98,26 +98,27 @@ class Reporter:
                 self.exit_status = self.exit_status or 1
                 print(f"kafka_producer.py: can't write to {name}: {error.strerror}", file=sys.stderr)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # The rest goes nowhere.
+        return self.exit_status
 
 
 def send_events(producer, reporter, fake, args):
-    """Sends args.count events, one every args.interval seconds; a failure or a signal ends it."""
+    """Sends args.count events, one every args.interval seconds, until a failure or a signal ends it."""
     start, sent, event = time.monotonic(), 0, registration(fake)
-    while reporter.exit_status is None and sent < (args.count or math.inf):
+    while reporter.flush() is None and sent < (args.count or math.inf):
         wait = start + sent * args.interval - time.monotonic()  # From the start: a slow event delays no other.
         if wait <= 0:
             # Events with the same key go to the same partition, so they stay in order.
             key, value = str(event["user_id"]), json.dumps(event, ensure_ascii=False)
-            try:
-                # Only puts the event into the library's queue; a background thread sends it.
+            try:  # Only puts the event into the library's queue; a background thread sends it.
                 producer.produce(args.topic, key=key, value=value, on_delivery=reporter.on_delivery)
                 sent, event = sent + 1, registration(fake)
             except BufferError:  # The queue is full. Reports make room in it; then the same event is tried again.
                 wait = 0.1
-            except KafkaException as error:
-                sys.exit(f"kafka_producer.py: can't write to topic {args.topic}: {error.args[0].str()}")
         producer.poll(min(max(wait, 0), 0.5))  # Calls on_delivery and on_error; short, so that Ctrl-C is noticed.
+    while producer.flush(0.5):  # Sends what is still queued; returns how many events are unreported after 0.5 s.
         reporter.flush()
+        if time.monotonic() > reporter.give_up_at:
+            producer.purge()  # Drops them; the next flush() reports them as failed.
 
 
 def main():
@@ -139,17 +140,16 @@ def main():
     fake.seed_instance(args.seed)
     wait_for_broker(producer, args.topic)
     print("Kafka Producer has been initiated...")
-    reporter.flush()
     signal.signal(signal.SIGINT, reporter.on_signal)
     signal.signal(signal.SIGTERM, reporter.on_signal)
-    send_events(producer, reporter, fake, args)
-    while producer.flush(0.5):  # Sends what is still queued; returns how many events are unreported after 0.5 s.
-        reporter.flush()
-        if time.monotonic() > reporter.give_up_at:
-            producer.purge()  # Drops them; the next flush() reports them as failed.
+    try:
+        send_events(producer, reporter, fake, args)
+    except (KafkaException, SystemError) as error:  # The library refuses an event, or gives up for good.
+        print(f"kafka_producer.py: can't write to topic {args.topic}: {error}", file=sys.stderr)
+        reporter.exit_status = 1
+        producer.flush(5)  # Reports what is still queued.
     print(f"Delivered {reporter.delivered} events to topic {args.topic}, {reporter.failed} failed.")
-    reporter.flush()
-    sys.exit(reporter.exit_status)
+    sys.exit(reporter.flush())
 
 
 def wait_for_broker(producer, topic):
@@ -166,7 +166,7 @@ def properties(path):
     """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for others, but for # comments."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.*?)|#.*)?\s*", line) for line in file]
+            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.+?)|#.*)?\s*", line) for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
     if None in matches:  # The line is not shown, since it may hold a password.
