@@ -14,7 +14,7 @@ def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, gro
         consumer = scripts.consumer("-t", filled, "-G", group, "-c", 3 if expected[:1] != [6] else 100, "--exit")
         assert consumer.wait() == 0
         assert numbers(consumer.lines) == expected
-        assert f"Printed {len(expected)} events." in consumer.stderr
+        assert f"Printed {len(expected)} events. Closing." in consumer.stderr
     assert committed(cluster, filled, group) == 10
 
 
@@ -72,7 +72,7 @@ def test_stretches_leave_the_group_alone(scripts, cluster, filled, group, option
 
 def test_offsets_that_are_yet_to_come_are_waited_for(scripts, cluster, filled):
     consumer = scripts.consumer("-t", filled, "--from-offset", 12, "--to-offset", 13)
-    consumer.wait_for_stderr("Reading from 10.")
+    consumer.wait_for_stderr("Reading from offset 10.")
     produce(cluster, filled, [json.dumps({"number": number}) for number in range(10, 20)])
     assert consumer.wait() == 0
     assert numbers(consumer.lines) == [12, 13]
@@ -156,9 +156,13 @@ def test_events_reach_a_pipe_at_once(scripts, cluster, filled, group):
 WRONG_CALLS = {
     "unknown option": (["--wrong"], "--wrong"),
     "offset is no number": (["--from-offset", "x"], "x"),
-    "negative end": (["--to-offset", "-1"], "-1"),
+    "negative end": (["--to-offset", "-1"], "--to-offset"),
     "end before start": (["--from-offset", "5", "--to-offset", "3"], "--to-offset"),
-    "negative partition": (["-p", "-1"], "-1"),
+    "negative partition": (["-p", "-1"], "--partition"),
+    "partition too large": (["-p", "3000000000"], "--partition"),
+    "negative number": (["-c", "-1"], "--max-messages"),
+    "empty group": (["-F", "empty.properties"], "line 1"),
+    "no topic": (["-t", "a b"], "'a b'"),
     "no number": (["-c", "many"], "many"),
     "missing config": (["-F", "no-such-file"], "no-such-file"),
     "unknown property": (["-F", "unknown.properties"], "no.such.property"),
@@ -170,6 +174,7 @@ WRONG_CALLS = {
 def test_wrong_calls(scripts, topic, options, named):
     (scripts.folder / "unknown.properties").write_text("no.such.property=1")
     (scripts.folder / "line.properties").write_text("client.id=x\nsasl.password secret")
+    (scripts.folder / "empty.properties").write_text("group.id=")
     consumer = scripts.consumer("-t", topic, *options)
     assert consumer.wait() == 2
     assert consumer.stdout == ""
