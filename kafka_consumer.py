@@ -72,7 +72,7 @@ class Reporter:
             self.reason = error.str().split(" (after ")[0]
         elif time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            hint = "Is Kafka running (docker compose up -d --wait)? Are the properties for TLS and passwords right?"
+            hint = "Is Kafka running (docker compose up -d --wait)? With TLS: security.protocol and host name right?"
             if not any(server.strip() in self.reason for server in self.servers.split(",")):
                 hint = f"{self.servers} gave this address itself (advertised.listeners); it can't be reached from here."
             print(f"Can't connect: {self.reason}\n{hint}", file=sys.stderr)

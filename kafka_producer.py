@@ -47,13 +47,13 @@ class Reporter:
     """Its on_... methods are called by the library, from poll() and flush(), and by the system for signals.
 
     delivered, failed: how many events the broker has confirmed, and how many it has not.
-    exit_status: None, or why no more events are sent: 1 for a failure, 128 + the signal's number.
+    exit_status: None, or what sys.exit() takes when no more events are sent: a message, 1, 128 + the signal's number.
     """
 
-    def __init__(self, servers, log, quiet):
-        self.servers, self.log, self.quiet = servers, log, quiet
+    def __init__(self, args, log):
+        self.servers, self.log, self.quiet = args.config["bootstrap.servers"], log, args.quiet
         self.delivered, self.failed, self.exit_status, self.give_up_at = 0, 0, None, math.inf
-        self.reason, self.silent_until = f"{servers}: connection closed", 0
+        self.reason, self.silent_until = f"{self.servers}: connection closed", 0
 
     def on_delivery(self, error, message):
         """Called with the delivery report of one event: why it failed, or where the broker has stored it."""
@@ -78,7 +78,7 @@ class Reporter:
             self.reason = error.str().split(" (after ")[0]
         elif time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            hint = "Is Kafka running (docker compose up -d --wait)? Are the properties for TLS and passwords right?"
+            hint = "Is Kafka running (docker compose up -d --wait)? With TLS: security.protocol and host name right?"
             if not any(server.strip() in self.reason for server in self.servers.split(",")):
                 hint = f"{self.servers} gave this address itself (advertised.listeners); it can't be reached from here."
             print(f"Can't connect: {self.reason}\n{hint}", file=sys.stderr)
@@ -95,8 +95,7 @@ class Reporter:
             try:
                 file.flush()
             except OSError as error:
-                self.exit_status = self.exit_status or 1
-                print(f"kafka_producer.py: can't write to {name}: {error.strerror}", file=sys.stderr)
+                self.exit_status = self.exit_status or f"kafka_producer.py: can't write to {name}: {error.strerror}"
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # The rest goes nowhere.
         return self.exit_status
 
@@ -128,8 +127,7 @@ def main():
     sys.stdout = open(sys.stdout.fileno(), "w", buffering=1 << 25, encoding="utf-8", closefd=False)
     try:
         fake = Faker(args.locale, use_weighting=False).factories[0]  # All names equally likely: three times faster.
-        log = open(args.log_file, "a", buffering=1 << 25, encoding="utf-8")
-        reporter = Reporter(args.config["bootstrap.servers"], log, args.quiet)
+        reporter = Reporter(args, open(args.log_file, "a", buffering=1 << 25, encoding="utf-8"))
         producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})
     except OSError as error:
         sys.exit(f"kafka_producer.py: can't write to {args.log_file}: {error.strerror}")
@@ -142,12 +140,13 @@ def main():
     print("Kafka Producer has been initiated...")
     signal.signal(signal.SIGINT, reporter.on_signal)
     signal.signal(signal.SIGTERM, reporter.on_signal)
-    try:
-        send_events(producer, reporter, fake, args)
-    except (KafkaException, SystemError) as error:  # The library refuses an event, or gives up for good.
-        print(f"kafka_producer.py: can't write to topic {args.topic}: {error}", file=sys.stderr)
-        reporter.exit_status = 1
-        producer.flush(5)  # Reports what is still queued.
+    while True:
+        try:
+            send_events(producer, reporter, fake, args)
+            break
+        except (KafkaException, SystemError) as error:  # An event was refused, or the library gives up for good.
+            reason = (error.__cause__ or error).args[0].str()  # SystemError: an exception that confluent-kafka hid.
+            reporter.exit_status = f"kafka_producer.py: can't write to topic {args.topic}: {reason}"
     print(f"Delivered {reporter.delivered} events to topic {args.topic}, {reporter.failed} failed.")
     sys.exit(reporter.flush())
 

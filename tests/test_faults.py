@@ -78,7 +78,7 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
     cluster.brokers[0].kill()
     print(f"broker killed after {len(producer.lines) - 1} deliveries")
     start = time.monotonic()
-    # Six seconds until the first fails and as long for the last one; the library looks once a second for what is overdue.
+    # Six seconds until the first fails, and as long for the last one; the library looks once a second.
     assert producer.wait(2 * (6 + 2)) == 1
     print(f"ended {time.monotonic() - start:.1f} s later")
     bring_back(cluster)
@@ -98,7 +98,7 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
 def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     create_topic(cluster, topic, partitions=4)
     order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
-    # The library notices after this time, and sends again, on a new connection, what the broker will find in the old one too.
+    # The library notices after this time, and sends again what the broker then finds in the old connection too.
     scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short", *SAME_PEOPLE)
     producer.wait_for_lines(2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 # What could break a line or steer a terminal: control characters of one byte and of two, line separators, and what
 # changes the direction of writing.
-STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def some(count):
@@ -73,13 +73,19 @@ def test_a_megabyte_does_not_stop_the_next_one(scripts, cluster, topic, group):
 def test_times_beyond_the_calendar(scripts, cluster, topic):
     """Producers can set any number."""
     create_topic(cluster, topic)
-    produce(cluster, topic, [{"value": b"{}", "timestamp": time} for time in (1, 253_402_300_800_000, 2**62)])
+    produce(
+        cluster,
+        topic,
+        [{"value": b"{}", "timestamp": time} for time in (1, 253_402_300_800_000, 2**62, -62_135_596_800_001)],
+    )
     consumer = scripts.consumer("-t", topic, "-e", "-v", "-p", 0)
     assert consumer.wait() == 0
     times = [line.split()[2] for line in safe_lines(consumer)]
-    assert times[0].startswith(("time=1970-01-01T", "time=1969-12-31T"))
-    assert times[1].startswith(("time=253402300800000ms", "time=9999-12-31T"))
-    assert times[2] == f"time={2**62}ms"
+    assert times == [
+        "time=1970-01-01T00:00:00.001+00:00",
+        *2 * ["time=9999-12-31T23:59:59.000+00:00"],
+        "time=1970-01-01T00:00:00.000+00:00",
+    ]
 
 
 # Row 11: what can't be written. The topic that may not be written is in test_security.py.
@@ -87,25 +93,26 @@ def test_times_beyond_the_calendar(scripts, cluster, topic):
 
 @pytest.mark.parametrize("quiet", [False, True], ids=["", "quiet"])
 def test_events_larger_than_the_broker_takes(scripts, cluster, topic, quiet):
+    """The first of them ends the sending; those that were on their way are reported too."""
     create_topic(cluster, topic, **{"max.message.bytes": "100"})
-    producer = scripts.producer("-t", topic, "-c", 3, "-i", 0, *(["-q"] if quiet else []))
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.001, *(["-q"] if quiet else []))
     assert producer.wait() == 1
     log = scripts.log.read_text().splitlines()
-    failure = rf"Failed to deliver to topic {topic}: Broker: Message size too large: value of {{.*}}"
-    assert len(log) == 3
+    failure = rf"Failed to deliver to topic {topic} with value of {{.*}}: Broker: Message size too large"
+    assert len(log) >= 1
     assert all(re.fullmatch(r"\S+ \S+ " + failure, line) for line in log)
     errors = producer.stderr.splitlines()
     assert errors == [line[len("2000-01-01 00:00:00 ") :] for line in (log[:1] if quiet else log)]
-    assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 3 failed."
+    assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, {len(log)} failed."
     assert read_topic(cluster, topic) == []
 
 
-def test_one_event_that_is_too_large_does_not_stop_the_others(scripts, cluster, topic):
-    """Each is either in the topic and logged as delivered, or logged as failed."""
+def test_one_event_that_is_too_large_in_mid_run(scripts, cluster, topic):
+    """Each event before and behind it is either in the topic and logged as delivered, or logged as failed."""
     # With these, a batch is one event; those of the seed are 225 to 290 bytes with what Kafka adds.
     config = scripts.folder / "client.properties"
     config.write_text("linger.ms=0\nmax.in.flight=1\n")
-    create_topic(cluster, topic, **{"max.message.bytes": "255"})
+    create_topic(cluster, topic, **{"max.message.bytes": "260"})
     producer = scripts.producer("-t", topic, "-c", 30, "-i", 0.02, "--seed", 1, "-F", config)
     assert producer.wait() == 1
     stored = [record.value.decode() for record in read_topic(cluster, topic)]
@@ -113,24 +120,24 @@ def test_one_event_that_is_too_large_does_not_stop_the_others(scripts, cluster, 
     delivered = [line for line in log if " Produced message " in line]
     failed = [line for line in log if " Failed to deliver " in line]
     assert 0 < len(stored) < 30
-    assert len(delivered) + len(failed) == len(log) == 30
+    assert failed
+    assert len(delivered) + len(failed) == len(log)
     assert all(f" {value}, partition" in line for value, line in zip(stored, delivered, strict=True))
     assert producer.lines[-1] == f"Delivered {len(stored)} events to topic {topic}, {len(failed)} failed."
 
 
 def test_an_event_that_the_library_refuses(scripts, cluster, topic):
-    """It is logged and counted too; with message.max.bytes, at least 1000, no registration would be too large."""
+    """With message.max.bytes, at least 1000, no registration would be too large."""
     config = scripts.folder / "client.properties"
     # Who uses these has to begin a transaction first.
     config.write_text("transactional.id=test\ntransaction.timeout.ms=200000\n")
     create_topic(cluster, topic)
     producer = scripts.producer("-t", topic, "-c", 0, "-i", 0, "-F", config)
     assert producer.wait() == 1
-    assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 1 failed."
-    (line,) = scripts.log.read_text().splitlines()
-    assert re.search(rf"Failed to deliver to topic {topic}: .*Erroneous state: value of {{.*}}$", line)
-    error = producer.stderr.splitlines()[-1]
-    assert re.fullmatch(f"kafka_producer.py: can't write to topic {topic} at .*Erroneous state", error)
+    assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 0 failed."
+    (error,) = producer.stderr.splitlines()
+    assert re.fullmatch(f"kafka_producer.py: can't write to topic {topic}: .*Erroneous state.*", error)
+    assert scripts.log.read_text() == ""
     assert read_topic(cluster, topic) == []
 
 
@@ -138,7 +145,6 @@ ILLEGAL = {
     "empty": "",
     "blank": "a b",
     "slash": "a/b",
-    "dots": "..",
     "250 characters": "x" * 250,
     "accent": "é",
     # How Python shows bytes that are not UTF-8.
@@ -148,13 +154,18 @@ ILLEGAL = {
 
 @pytest.mark.parametrize("name", ILLEGAL.values(), ids=ILLEGAL)
 def test_topic_names_that_are_not_legal(scripts, name):
-    pair = scripts.producer("-t", name), scripts.consumer("-t", name)
-    shown = name.encode(errors="backslashreplace").decode()
-    for script, does in zip(pair, ("write to", "read"), strict=True):
+    for script in (scripts.producer("-t", name), scripts.consumer("-t", name)):
+        assert script.wait(10) == 2
+        assert_wrong_call(script)
+        assert script.stderr.splitlines()[-1].startswith(f"kafka_{script.name}.py: error: {name!r} is no topic")
+
+
+def test_a_name_that_only_the_broker_refuses(scripts):
+    """Two dots: the rule of the rest, up to 249 letters, digits, dots, underscores and hyphens, allows them."""
+    for script in (scripts.producer("-t", ".."), scripts.consumer("-t", "..", "--exit")):
         assert script.wait(10) == 1
-        assert f"kafka_{script.name}.py: can't {does} topic {shown} at " in script.stderr
-        assert "Invalid topic" in script.stderr
-        assert script.stdout == ""
+        assert script.stderr.splitlines()[-1].startswith(f"kafka_{script.name}.py: can't ")
+        assert "topic .." in script.stderr.splitlines()[-1]
 
 
 def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
@@ -166,7 +177,7 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
     first.wait_for_stderr("Got partitions")
     second = scripts.consumer("-t", topic, "-G", group, "-F", config)
     assert first.wait() == 1
-    assert re.match(rf"kafka_consumer.py: can't read topic {topic} at .*fenced", first.stderr.splitlines()[-1])
+    assert re.match(rf"kafka_consumer.py: can't read topic {topic}: .*fenced", first.stderr.splitlines()[-1])
     second.wait_for_stderr("Got partitions")
     assert second.end() == 0
 
@@ -175,11 +186,12 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
 
 
 def assert_wrong_call(script):
-    """One line that says what is wrong."""
+    """A line that says what is wrong; before it there may be how to call the script."""
     assert script.stdout == ""
-    assert script.stderr.find("\n") == len(script.stderr) - 1
-    assert script.stderr.startswith(f"kafka_{script.name}.py: ")
-    assert "--help" in script.stderr
+    *usage, error = script.stderr.splitlines()
+    assert error.startswith(f"kafka_{script.name}.py: ")
+    assert not usage or usage[0].startswith("usage: ")
+    assert all(line.startswith(" ") for line in usage[1:])
 
 
 # Properties that do not make a broker unreachable, which takes 30 seconds to tell.
@@ -290,6 +302,6 @@ def test_any_numbers_for_the_consumer(scripts, cluster, topic, options):
     if status == 2:
         assert_wrong_call(consumer)
     elif status == 1:
-        assert f"has partitions [0], and not {int(options['partition'])}" in consumer.stderr
+        assert "Unknown partition" in consumer.stderr
     else:
         assert len(safe_lines(consumer)) <= 5

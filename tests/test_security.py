@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="another cluster is given")
 
 # Seconds until each failure has ended; the start of Python may take more of them on a busy machine.
-LIMIT, START = 30, 3
+LIMIT, START = 32, 3
 
 
 def password():
@@ -142,10 +142,9 @@ def assert_failed(script, seconds, expected):
     """The script ended in time, with status 1 and a line that matches `expected`, and told no password."""
     assert script.wait(0) == 1
     assert "%" not in script.stderr, "a log line of librdkafka"
-    errors = [line for line in script.stderr.splitlines() if line.startswith(f"kafka_{script.name}.py: ")]
-    print(f"{script.name} ended after at most {seconds:.1f} s: {errors}")
+    print(f"{script.name} ended after at most {seconds:.1f} s: {script.stderr}")
     assert seconds < LIMIT + START
-    assert len(errors) == 1
+    assert script.stderr.splitlines()[-1].startswith((f"kafka_{script.name}.py: ", "Failed to deliver"))
     assert re.search(expected, script.stderr), script.stderr
     assert_no_password(script)
 
@@ -218,7 +217,7 @@ FAILURES = {
         "Authentication failed .* invalid credentials",
     ),
     "mechanism that is off": ({"sasl.mechanism": "SCRAM-SHA-512"}, "Unsupported SASL mechanism"),
-    "wrong CA": ({"ssl.ca.location": "other-ca.pem"}, r"certificate verify failed.*\n.* ssl.ca.location"),
+    "wrong CA": ({"ssl.ca.location": "other-ca.pem"}, r"certificate verify failed.* ssl.ca.location"),
     "wrong host name": ({"bootstrap.servers": "127.0.0.1"}, r"certificate verify failed.*\n.* host name"),
 }
 
@@ -241,13 +240,13 @@ def test_who_is_not_let_in(scripts, cluster, files, topic, changes, expected):
 
 DENIED = "Topic authorization failed"
 NO_RIGHTS = {
-    "write": ("producer", "walter", ["-c", 0], f"can't write to topic {{topic}} at .*{DENIED}"),
-    "write any topic": ("producer", "reader", ["-c", 0], "can't write to topic {topic} at .* authorization failed"),
-    "see, producer": ("producer", "nobody", [], f"can't write to topic {{topic}} at .*{DENIED}"),
-    "see, consumer": ("consumer", "nobody", [], f"can't read topic {{topic}} at .*{DENIED}"),
-    "read": ("consumer", "walter", [], f"can't read topic {{topic}} at .*{DENIED}"),
-    "read a stretch": ("consumer", "walter", ["-p", 0], f"can't read topic {{topic}} at .*{DENIED}"),
-    "use the group": ("consumer", "nogroup", [], "can't read topic {topic} at .*Group authorization failed"),
+    "write": ("producer", "walter", ["-c", 0], f"Failed to deliver to topic {{topic}} .*{DENIED}"),
+    "write any topic": ("producer", "reader", ["-c", 0], "can't write to topic {topic}: .* authorization failed"),
+    "see, producer": ("producer", "nobody", [], "can't write to topic {topic}: .* authorization failed"),
+    "see, consumer": ("consumer", "nobody", [], "can't read topic {topic}: .* authorization failed"),
+    "read": ("consumer", "walter", [], f"can't read topic {{topic}}: .*{DENIED}"),
+    "read a stretch": ("consumer", "walter", ["-p", 0], f"can't read topic {{topic}}: .*{DENIED}"),
+    "use the group": ("consumer", "nogroup", [], "can't read topic {topic}: .*Group authorization failed"),
 }
 
 
@@ -261,15 +260,6 @@ def test_no_right_to(scripts, cluster, files, topic, name, user, options, expect
     assert_failed(script, seconds_until_end(script, started), expected.format(topic=topic))
     assert "Produced message" not in script.stdout
     assert "number" not in script.stdout
-
-
-def test_a_stretch_needs_no_right_to_a_group(scripts, cluster, files, topic):
-    create_topic(cluster, topic)
-    produce(cluster, topic, numbered(3))
-    path = write(scripts.folder / "client.properties", login(files, "nogroup"))
-    consumer = scripts.consumer("-t", topic, "-F", path, "-p", 0, "-e")
-    assert consumer.wait() == 0
-    assert len(consumer.lines) == 3
 
 
 def test_all_listen_on_loopback_only(scripts, cluster, files, topic, group):
@@ -306,5 +296,5 @@ def test_a_line_with_a_password_that_is_not_understood_is_not_repeated(scripts, 
 
 def test_plaintext_to_a_port_for_tls(plaintext):
     for script, seconds in plaintext:
-        assert_failed(script, seconds.result(), "With TLS or a password: are security.protocol")
+        assert_failed(script, seconds.result(), "With TLS: security.protocol and host name right")
         assert script.stdout == ""
