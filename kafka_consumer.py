@@ -25,7 +25,7 @@ DEFAULTS = {
     "auto.offset.reset": "earliest",  # A group without committed offsets begins with the oldest event.
     # Every 5 s and in close() the library commits (saves in Kafka) the offsets that are stored. By default it stores an
     # offset when it hands over the event; we do so after printing: no event is skipped, but a crash may repeat some.
-    "enable.auto.offset.store": "false",
+    "enable.auto.offset.store": "false",  # The one property that --config can't change.
     "enable.partition.eof": "true",  # Let poll() return a _PARTITION_EOF "error" at the end of a partition.
     "queued.min.messages": "10000",  # Read ahead this many events per partition: fewer than usual, to save memory.
     "fetch.queue.backoff.ms": "10",  # When so many are there, look again after 10 ms; 1000, the default, is too slow.

@@ -140,7 +140,7 @@ def main():
     print("Kafka Producer has been initiated...")
     signal.signal(signal.SIGINT, reporter.on_signal)
     signal.signal(signal.SIGTERM, reporter.on_signal)
-    while True:
+    for _ in range(3):  # Once, if all goes well; after an error again, for the reports of what is on its way.
         try:
             send_events(producer, reporter, fake, args)
             break

@@ -303,7 +303,7 @@ class Benchmark:
         return self.compare_rates(
             lambda: self.steady_rate(self.produce_at_full_speed, 50_000),
             lambda: self.steady_rate(flush_each, 3_000),
-            at_least=10,
+            at_least=8,
         )
 
     def consumer_and_poll_loop(self):
@@ -425,7 +425,7 @@ ROWS = {
     2: ("making events; with Faker's default settings", "at least 3 times the rate", Benchmark.making_events),
     3: (
         "producer at full speed; the tutorial's loop, which flushes after every event, with Faker's default settings",
-        "at least 10 times the rate",
+        "at least 8 times the rate",
         Benchmark.producer_and_flushing,
     ),
     4: (

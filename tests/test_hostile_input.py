@@ -112,7 +112,7 @@ def test_one_event_that_is_too_large_in_mid_run(scripts, cluster, topic):
     # With these, a batch is one event; those of the seed are 225 to 290 bytes with what Kafka adds.
     config = scripts.folder / "client.properties"
     config.write_text("linger.ms=0\nmax.in.flight=1\n")
-    create_topic(cluster, topic, **{"max.message.bytes": "260"})
+    create_topic(cluster, topic, **{"max.message.bytes": "270"})
     producer = scripts.producer("-t", topic, "-c", 30, "-i", 0.02, "--seed", 1, "-F", config)
     assert producer.wait() == 1
     stored = [record.value.decode() for record in read_topic(cluster, topic)]
