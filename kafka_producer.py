@@ -51,7 +51,8 @@ class Reporter:
     """
 
     def __init__(self, args, log):
-        self.servers, self.log, self.quiet = args.config["bootstrap.servers"], log, args.quiet
+        self.servers, self.log = args.config["bootstrap.servers"], log
+        self.quiet, self.on_terminal = args.quiet, sys.stderr.isatty()
         self.delivered, self.failed, self.exit_status, self.give_up_at = 0, 0, None, math.inf
         self.reason, self.silent_until = f"{self.servers}: connection closed", 0
 
@@ -69,7 +70,7 @@ class Reporter:
         self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         if not self.quiet or (error and self.failed == 1):
             print(line, file=sys.stderr if error else sys.stdout)
-        elif sys.stderr.isatty():
+        elif self.on_terminal:
             print(f"{self.delivered} delivered", end="\r", file=sys.stderr)
 
     def on_error(self, error):
