@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_every_step(tmp_path):
     readme = (clone / "README.md").read_text()
     terminals = {number: Terminal(number, clone, tmp_path / f"terminal-{number}") for number in "123"}
     seen = dict.fromkeys("123", 0)  # How much of each screen was there before the last step that changed something.
-    terminal, position = "1", 0
+    terminal, position, begin = "1", 0, time.monotonic()
     try:
         for step in STEP.finditer(readme):
             language, words, text, interrupted = step.groups()
@@ -139,7 +140,7 @@ def test_every_step(tmp_path):
                 terminal = named[-1] if named else "1"
                 # As the README tells those who have no Docker.
                 command = text.replace("docker compose", "python tests/local_cluster.py").replace(" -d --wait", "")
-                print(f"terminal {terminal}: {command}", end="")
+                print(f"after {time.monotonic() - begin:.0f} s, terminal {terminal}: {command}", end="")
                 terminals[terminal].wait_for_prompt()
                 seen = {number: len(terminals[number].screen) for number in terminals}
                 terminals[terminal].command(command)
