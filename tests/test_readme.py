@@ -1,16 +1,17 @@
-"""README.md word for word: every shell block is run, and prints what the README says that it prints.
+"""README.md as a person follows it: everything is typed in order, in the terminals as told, and shows what it says.
 
-The words behind ```sh say how: "until Ctrl-C" ends it by that once it has printed what is shown; "outage" is the same
-with the cluster down for a while; "docker" is only looked at; "kcat" needs kcat; "tests" would run these tests, and is
-compared with .ci/run.
+What the test obeys is what the reader sees. The paragraph before a block names its terminal; without one, commands
+are for terminal 1, and a sample is what the terminal of the step before it shows. "Ctrl-C in terminal 2" in the text
+is pressed there. A terminal in which something still runs takes no other command. Three words behind ```sh are not
+for the reader: "docker" is only looked at, "kcat" is typed where kcat is, "tests" would run these tests.
 """
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from conftest import EXTERNAL, ROOT, wait_until
 from local_cluster import class_path, free_port
 
 README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"^```(\w+) ?(.*)\n((?s:.*?))^```$", re.MULTILINE)
-BLOCKS = [match.groups() for match in BLOCK.finditer(README)]
+# A block, with the language, the words behind it and the text; or the terminal in which to press Ctrl-C.
+STEP = re.compile(r"^```(\w+) ?(.*)\n((?s:.*?))^```$|Ctrl-C\s+in\s+terminal\s+(\d)", re.MULTILINE)
 # Of Kafka's own tools, which are in the image, the options that the README may use (--help of Kafka 3.9's tools).
 TOOLS = {
     "kafka-topics": {"--bootstrap-server", "--describe", "--topic"},
@@ -28,117 +29,204 @@ TOOLS = {
 }
 
 
+def blocks(language, words=""):
+    return [step[3] for step in STEP.finditer(README) if (step[1], step[2]) == (language, words)]
+
+
+class Terminal:
+    """A shell in a terminal: what is typed, what is seen, and Ctrl-C.
+
+    screen: all that was seen, a string. The prompt is a line with the status of the last command.
+    """
+
+    def __init__(self, number, folder, output):
+        self.number, self.output, self.commands, self.interrupted = number, output, 0, False
+        # A process of its own passes on what is typed and seen, so that nothing here has to read all the time.
+        shell = "import pty; pty.spawn(['bash', '--norc', '--noediting', '-i'])"
+        environment = {**os.environ, "PS1": "status $?\n", "PS2": "", "BASH_SILENCE_DEPRECATION_WARNING": "1"}
+        environment |= {"PIP_NO_COMPILE": "1", "PIP_PROGRESS_BAR": "off"}  # Faster.
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", shell], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=file
+            )
+        self.command("stty -echo")
+
+    @property
+    def screen(self):
+        # A carriage return alone begins the same line again.
+        return re.sub(r"\r+\n|\r", "\n", self.output.read_text(errors="replace"))
+
+    def press(self, keys):
+        self.process.stdin.write(keys.encode())
+        self.process.stdin.flush()
+
+    def statuses(self):
+        return re.findall(r"status (\d+)\n", self.screen)
+
+    def wait_for_prompt(self):
+        """Fails if the last command does not end by itself or by Ctrl-C, or with another status than 0."""
+        wait_until(lambda: len(self.statuses()) > self.commands, ["the prompt", self], limit=90)
+        assert self.statuses()[-1] == "0" or self.interrupted, repr(self)
+
+    def command(self, text):
+        self.wait_for_prompt()
+        self.press(text.rstrip("\n") + "\n")
+        self.commands += 1
+        self.interrupted = False
+
+    def ctrl_c(self):
+        assert len(self.statuses()) == self.commands, f"nothing runs in {self!r}"
+        self.interrupted = True
+        self.press("\x03")
+
+    def __repr__(self):
+        return f"terminal {self.number}, which shows:\n{self.screen[-3000:]}"
+
+
 def masked(text):
-    """Text without what is different in each run: registrations, keys and times."""
+    """Text without what is different in each run: registrations, keys, times, and who gets which partitions."""
     text = re.sub(r"\{.*\}", "{...}", text)
     text = re.sub(r"time=\S+ key=\d+", "time key", text)
-    text = re.sub(r"confirm \d+ events: .*|\(localhost.*\)", "reason", text)
+    text = re.sub(r"partitions: (0, 1|2, 3)$", "partitions: two", text, flags=re.MULTILINE)
     return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "date", text)
 
 
-def missing(shown, printed):
-    """Returns the first line of the README's sample that did not come, in this order; None if all did."""
-    lines = iter(masked(printed).splitlines())  # `in` takes lines off it, up to the one that it finds.
-    for line in masked(shown).splitlines():
-        if line not in ("", "...") and line not in lines:
-            return line
-    return None
+def is_shown(sample, screen):
+    """Is the sample on the screen, word for word? "..." in a line is any text; as a line, any lines."""
+    lines = []
+    for line in masked(sample).splitlines():
+        words = (re.escape(part) for part in line.split("..."))
+        lines.append("(.*\n)*?" if line == "..." else ".*".join(words) + "\n")
+    return re.search("^" + "".join(lines), masked(screen), re.MULTILINE) is not None
+
+
+def clone_with_free_ports(folder):
+    """Copies this checkout with other ports in all files alike, so that it can run beside a cluster in use."""
+    ports = {number: str(free_port()) for number in ("9092", "9093", "9094")}
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    for name in names.stdout.decode().split():
+        if (ROOT / name).exists():  # Not deleted a moment ago.
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            text = re.sub(r"\b909[234]\b", lambda found: ports[found[0]], (ROOT / name).read_text())
+            (folder / name).write_text(text)
+    jars = Path(class_path()).parent  # Not downloaded once more.
+    shutil.copytree(jars, folder / "tests/.local_cluster" / jars.name)
 
 
 @pytest.mark.skipif(bool(EXTERNAL), reason="it starts its own cluster")
 @pytest.mark.timeout(300)
-def test_every_block(tmp_path):
-    port = free_port()
+def test_every_step(tmp_path):
     clone = tmp_path / "clone"
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
-    for name in names.stdout.decode().split():
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        # So that it can run beside a cluster in use, its port is another one, in all files alike.
-        (clone / name).write_text(re.sub(r"\b9092\b", str(port), (ROOT / name).read_text()))
-    jars = Path(class_path()).parent  # Not downloaded once more.
-    shutil.copytree(jars, clone / "tests/.local_cluster" / jars.name)
-    environment = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
-    output = tmp_path / "output"
-
-    def cluster(*words):
-        subprocess.run([sys.executable, clone / "tests/local_cluster.py", *words], check=True, timeout=60)
-
-    def run(command, until=None, outage=False):
-        print(f"$ {command}")
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                ["bash", "-ec", command], cwd=clone, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
-        try:
-            if until is not None:
-                turns = r"(?m)^(?=Waiting for|No answer|Delivering again|.* answers again)"
-                stages = re.split(turns, until) if outage else [until]
-                for number in range(len(stages)):
-                    if number:
-                        cluster("down" if number == 1 else "up")
-                    lines = "".join(stages[: number + 1])
-                    wait_until(lambda it=lines: missing(it, output.read_text()) is None, f"{lines!r} from {command}")
-                os.killpg(process.pid, signal.SIGINT)
-            process.wait(120)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode
-
-    ran = 0
+    clone_with_free_ports(clone)
+    readme = (clone / "README.md").read_text()
+    terminals = {number: Terminal(number, clone, tmp_path / f"terminal-{number}") for number in "123"}
+    seen = dict.fromkeys("123", 0)  # How much of each screen was there before the last step that changed something.
+    terminal, position, begin = "1", 0, time.monotonic()
     try:
-        for position, (language, words, text) in enumerate(BLOCKS):
-            command = text.replace("9092", str(port))
-            following = BLOCKS[position + 1] if position + 1 < len(BLOCKS) else ("", "", "")
-            shown = following[2].replace("9092", str(port)) if following[0] == "text" and not following[1] else ""
-            if language != "sh":
-                continue
-            ran += 1
-            subprocess.run(["bash", "-n", "-c", text], check=True)
-            if words in ("until Ctrl-C", "outage"):
-                end = "Printed 10 events."  # Comes after Ctrl-C.
-                run(command, shown.replace(end, ""), words == "outage")
-            elif words not in ("docker", "tests") and (words != "kcat" or shutil.which("kcat")):
-                assert run(command) == 0, output.read_text()
-                assert missing(shown, output.read_text()) is None, output.read_text()
+        for step in STEP.finditer(readme):
+            language, words, text, interrupted = step.groups()
+            told = readme[position : step.start()].rstrip().split("\n\n")[-1]
+            named = re.findall(r"terminal\s+(\d)", told, re.IGNORECASE)
+            position = step.end()
+            if language == "text" and not words:
+                terminal = named[-1] if named else terminal
+                shows, start = terminals[terminal], seen[terminal]
+                wait_until(lambda: is_shown(text, shows.screen[start:]), [text, shows], limit=60)  # noqa: B023
+            elif interrupted:
+                terminal = interrupted
+                seen = {number: len(terminals[number].screen) for number in terminals}
+                terminals[terminal].ctrl_c()
+            elif language == "sh" and (not words or (words == "kcat" and shutil.which("kcat"))):
+                terminal = named[-1] if named else "1"
+                # As the README tells those who have no Docker.
+                command = text.replace("docker compose", "python tests/local_cluster.py").replace(" -d --wait", "")
+                print(f"after {time.monotonic() - begin:.0f} s, terminal {terminal}: {command}", end="")
+                terminals[terminal].wait_for_prompt()
+                seen = {number: len(terminals[number].screen) for number in terminals}
+                terminals[terminal].command(command)
+                if "local_cluster.py" in command and "kafka_" not in command:
+                    terminals[terminal].wait_for_prompt()  # As everybody does who has stopped or started something.
+        for each in terminals.values():
+            each.wait_for_prompt()
     finally:
-        cluster("down", "-v")
-    assert ran == README.count("```sh")
+        for each in terminals.values():
+            each.process.kill()
+            each.process.wait()
+        for options in ([], ["-f", clone / "tests/three-brokers.yaml"]):
+            command = [sys.executable, clone / "tests/local_cluster.py", *options, "down", "-v"]
+            subprocess.run(command, check=True, timeout=90)
+
+
+def test_every_block_is_one_of_these():
+    kinds = {(step[1], step[2]) for step in STEP.finditer(README) if step[1]}
+    assert kinds == {
+        ("mermaid", ""),
+        ("properties", ""),
+        ("sh", ""),
+        ("sh", "docker"),
+        ("sh", "kcat"),
+        ("sh", "tests"),
+        ("text", ""),
+    }
+    for step in STEP.finditer(README):
+        if step[1] == "sh":
+            subprocess.run(["bash", "-n", "-c", step[3]], check=True)
 
 
 def test_docker_commands_exist():
     """There is no Docker where the tests run, so its commands are only compared with those known to be right."""
-    commands = re.findall(r"docker compose ((?:up|down|stop|start|ps|exec)\b[^`\n&#]*)", README)
+    commands = re.findall(r"docker compose ((?:-f|up|down|stop|start|ps|logs|exec)\b[^`\n&)]*)", README)
     for command in map(str.strip, commands):
         if command.startswith("exec"):
             tool, *words = command.removeprefix("exec broker ").split()
             assert {word for word in words if word.startswith("-")} <= TOOLS[tool], command
             assert "localhost:9092" in words
+        elif command.startswith("-f"):
+            assert command.removeprefix("-f tests/three-brokers.yaml ") in (
+                "up -d --wait",
+                "down -v",
+                "stop broker-2",
+                "stop broker-3",
+                "start broker-2",
+            )
         else:
-            assert command in ("up -d --wait", "down", "down -v", "stop broker", "start broker", "ps")
+            known = ("up -d --wait", "down", "down -v", "stop broker", "start broker", "ps", "logs broker")
+            assert command in known
     assert len(commands) >= 10
 
 
 def test_the_test_command_is_that_of_ci():
-    commands = [text.strip() for language, words, text in BLOCKS if (language, words) == ("sh", "tests")]
-    assert sum(command.endswith("&& python -m pytest") for command in commands) == 1
+    (command,) = blocks("sh", "tests")
+    assert command == "pip install -r tests/requirements.txt && python -m pytest\n"
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "python -m pytest"
 
 
 @pytest.mark.parametrize("name", ["kafka_producer.py", "kafka_consumer.py"])
-def test_the_reference_is_the_help(name):
-    environment = {**os.environ, "COLUMNS": "110"}
-    done = subprocess.run(
-        [sys.executable, ROOT / name, "--help"], env=environment, capture_output=True, text=True, check=True
-    )
-    assert dict((words, text) for _, words, text in BLOCKS)[f"help {name}"] == done.stdout
+def test_every_option_is_explained(name):
+    """In the README, or in --help by its default."""
+    done = subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True)
+    options = re.split(r"^  (?=-)", done.stdout, flags=re.MULTILINE)[1:]
+    assert len(options) >= 9
+    names = [re.search(r"--[\w-]+", text)[0] for text in options if "(default:" not in text]
+    missing = [name for name in names if not re.search(rf"{name}\b", README)]
+    assert missing in ([], ["--help"])
 
 
-def test_links_and_names_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", "tests/README.md"])
+def test_links_and_files_exist(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
-    code = (ROOT / "kafka_producer.py").read_text() + (ROOT / "kafka_consumer.py").read_text()
-    for name in ("registration", "main", "on_delivery", "serve", "finish", "handle"):
-        assert f"`{name}`" in README
-        assert f"def {name}(" in code
+            assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), target
+    for name in re.findall(r"`((?:tests/|\.ci/|\.github/)[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_functions_exist():
+    for script in ("kafka_producer.py", "kafka_consumer.py"):
+        code = (ROOT / script).read_text()
+        (rows,) = re.findall(rf"^\*\*\[{script}\].*?(?=\n\n\*\*|\n##)", README, re.MULTILINE | re.DOTALL)
+        names = re.findall(r"`(\w+)\(\)`", rows)
+        assert len(names) >= 4
+        for name in names:
+            assert f"def {name}(" in code or f".{name}(" in code, f"{name} in {script}"
