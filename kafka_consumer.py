@@ -34,7 +34,7 @@ DEFAULTS = {
 # Leave out what the library logs when it tries again, what it reports too, and properties that are for producers.
 LIBRARY_LOG = logging.Logger("librdkafka")
 LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "MAXPOLL", "CONFWARN"))
+LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "MAXPOLL", "PARTCNT", "CONFWARN"))
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
