@@ -372,7 +372,7 @@ class Benchmark:
         if len(milliseconds) != count:
             sys.exit(f"benchmark.py: the consumer printed {len(milliseconds)} of {count} events within a second")
         p50, p99 = statistics.median(milliseconds), statistics.quantiles(milliseconds, n=100)[98]
-        return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms", "", f"at most {max(milliseconds):.1f} ms", p50 <= 5 and p99 <= 20
+        return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms", "", f"worst {max(milliseconds):.1f} ms", p50 <= 5 and p99 <= 20
 
     def ten_events(self):
         ten, one = self.producer(), self.producer("--count", 1)
@@ -478,7 +478,7 @@ def main():
         benchmark = Benchmark(cluster, Path(folder), args.rounds)
         # The first consumer group of a cluster waits for the topic of its offsets to be made.
         benchmark.run(benchmark.consumer(benchmark.small_topic, "--max-messages", 1))
-        print("| # | what; the other | ours | the other | ratio or difference: median (range) | goal | met |")
+        print("| # | what; the other | ours | the other | ours against the other: median of the rounds (range) | goal | met |")
         print("|--:|---|--:|--:|--:|---|---|")
         for number in args.rows:
             what, goal, measure = ROWS[number]
