@@ -478,7 +478,7 @@ def main():
         benchmark = Benchmark(cluster, Path(folder), args.rounds)
         # The first consumer group of a cluster waits for the topic of its offsets to be made.
         benchmark.run(benchmark.consumer(benchmark.small_topic, "--max-messages", 1))
-        print("| # | what; the other | ours | the other | ours against the other: median of the rounds (range) | goal | met |")
+        print("| # | what; the other | ours | the other | ours against the other: median (range) | goal | met |")
         print("|--:|---|--:|--:|--:|---|---|")
         for number in args.rows:
             what, goal, measure = ROWS[number]
