@@ -209,7 +209,7 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     args.without_group = args.partition is not None or args.from_offset is not None or args.to_offset < sys.maxsize
     args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
-    if args.first_offset > args.to_offset or args.max_messages < 0 or (args.partition or 0) not in range(2**31):
+    if max(args.first_offset, 0) > args.to_offset or args.max_messages < 0 or (args.partition or 0) not in range(2**31):
         parser.error("--to-offset is before --from-offset or 0, or --max-messages or --partition out of range")
     given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group, "enable.auto.offset.store": "false"}
     args.config = DEFAULTS | args.config | {name: value for name, value in given.items() if value}

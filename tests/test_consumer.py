@@ -157,6 +157,7 @@ WRONG_CALLS = {
     "unknown option": (["--wrong"], "--wrong"),
     "offset is no number": (["--from-offset", "x"], "x"),
     "negative end": (["--to-offset", "-1"], "--to-offset"),
+    "end that is no offset": (["--from-offset", "-5", "--to-offset", "-1"], "--to-offset"),
     "end before start": (["--from-offset", "5", "--to-offset", "3"], "--to-offset"),
     "negative partition": (["-p", "-1"], "--partition"),
     "partition too large": (["-p", "3000000000"], "--partition"),

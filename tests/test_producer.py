@@ -78,6 +78,10 @@ def test_accents_stay_readable(scripts, cluster, topic):
     assert any(letter in scripts.log.read_text() for letter in "éèçô")
 
 
+def test_a_locale_that_needs_weights(scripts, topic):
+    assert scripts.producer("-t", topic, "-c", 10, "-i", 0, "--locale", "es_CL").wait() == 0
+
+
 def test_a_seed_makes_the_same_people(scripts, cluster, topic):
     for _ in range(2):
         assert scripts.producer("-t", topic, "-c", 5, "-i", 0, "--seed", 7).wait() == 0

@@ -131,7 +131,7 @@ def test_every_step(tmp_path):
             if language == "text" and not words:
                 terminal = named[-1] if named else terminal
                 shows, start = terminals[terminal], seen[terminal]
-                wait_until(lambda: is_shown(text, shows.screen[start:]), [text, shows], limit=60)  # noqa: B023
+                wait_until(lambda: is_shown(text, shows.screen[start:]), [text, shows], limit=180)  # noqa: B023
             elif interrupted:
                 terminal = interrupted
                 seen = {number: len(terminals[number].screen) for number in terminals}
