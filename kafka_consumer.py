@@ -29,7 +29,6 @@ DEFAULTS = {
     "enable.partition.eof": "true",  # Let poll() return a _PARTITION_EOF "error" at the end of a partition.
     "queued.min.messages": "10000",  # Read ahead this many events per partition: fewer than usual, to save memory.
     "fetch.queue.backoff.ms": "10",  # When so many are there, look again after 10 ms; 1000, the default, is too slow.
-    "topic.metadata.refresh.interval.ms": "2000",  # Notice soon that the topic has been created.
 }
 # Leave out what the library logs when it tries again, what it reports too, and properties that are for producers.
 LIBRARY_LOG = logging.Logger("librdkafka")
@@ -61,10 +60,10 @@ class Reporter:
         self.servers, self.printed, self.stopped = servers, 0, False
         self.reason, self.silent_until = f"{servers}: connection closed", 0
 
-    def on_assign(self, consumer, partitions):
+    def on_assign(self, _, partitions):
         """Called with the partitions that are new to this consumer, when the group divides them anew (rebalances)."""
-        numbers = sorted(partition.partition for partition in [*consumer.assignment(), *partitions])
-        print(f"Got partitions: {', '.join(map(str, numbers)) or 'none, other members have them'}", file=sys.stderr)
+        numbers = ", ".join(str(number) for number in sorted(partition.partition for partition in partitions))
+        print(f"Got partitions: {numbers or 'none; other members of the group have the rest'}", file=sys.stderr)
 
     def on_error(self, error):
         """Called with what goes wrong with connections, which the library keeps trying to make."""
@@ -119,8 +118,7 @@ def print_events(consumer, reporter, args):
 def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # There is nothing to save yet: Ctrl-C ends the program at once.
     args = parse_arguments()
-    # UTF-8 whatever the terminal is set to, and buffered also under PYTHONUNBUFFERED, which could lose parts of lines.
-    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
+    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # UTF-8 and buffered, always.
     reporter = Reporter(args.config["bootstrap.servers"])
     try:
         consumer = Consumer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})
@@ -133,8 +131,9 @@ def main():
     signal.signal(signal.SIGINT, reporter.on_signal)
     signal.signal(signal.SIGTERM, reporter.on_signal)
     try:
+        topic = consumer.list_topics(args.topic, timeout=30).topics[args.topic]  # Also has the library look out for it.
         if args.without_group:
-            assign_range(consumer, args)
+            assign_range(consumer, args, topic)
         else:
             consumer.subscribe([args.topic], on_assign=reporter.on_assign)
         print_events(consumer, reporter, args)
@@ -158,9 +157,8 @@ def available_topics(consumer):
     sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
 
 
-def assign_range(consumer, args):
-    """Begins to read at args.from_offset, without the group."""
-    topic = consumer.list_topics(args.topic, timeout=30).topics[args.topic]
+def assign_range(consumer, args, topic):
+    """Begins to read a TopicMetadata's partitions at args.from_offset, without the group."""
     if topic.error:
         raise KafkaException(topic.error)
     start = []

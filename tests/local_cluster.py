@@ -16,6 +16,7 @@ of containers. The tests use it as a library.
 
 import argparse
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
@@ -114,16 +115,17 @@ def is_taken(port):
 def class_path():
     """Returns the class path of Kafka with ZooKeeper, "FOLDER/*"; the first call in a checkout downloads it."""
     folder = DATA / f"kafka-{KAFKA_VERSION}"
-    if not folder.exists():
-        print(f"Downloading Kafka {KAFKA_VERSION} and ZooKeeper from Maven Central, 46 MB, once ...")
-        DATA.mkdir(exist_ok=True)
-        # All or nothing, so that neither an interrupted download nor two at a time leave half of it.
-        with tempfile.TemporaryDirectory(dir=DATA) as scratch:
-            try:
-                copy_jars(Path(scratch))
-            except Exception as error:
-                raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
-            with contextlib.suppress(OSError):  # Somebody else was faster.
+    DATA.mkdir(exist_ok=True)
+    with open(DATA / "download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # One at a time: the others find what the first one has downloaded.
+        if not folder.exists():
+            print(f"Downloading Kafka {KAFKA_VERSION} and ZooKeeper from Maven Central, 46 MB, once ...")
+            # All or nothing: an interrupted download leaves no half of it.
+            with tempfile.TemporaryDirectory(dir=DATA) as scratch:
+                try:
+                    copy_jars(Path(scratch))
+                except Exception as error:
+                    raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
                 os.rename(f"{scratch}/jars", folder)
     return f"{folder}/*"
 
