@@ -127,9 +127,9 @@ def main():
     # Room for the lines of many reports, so that only flush() writes; UTF-8, whatever the terminal is set to.
     sys.stdout = open(sys.stdout.fileno(), "w", buffering=1 << 25, encoding="utf-8", closefd=False)
     try:
-        fake = Faker(args.locale, use_weighting=args.locale == "es_CL").factories[0]  # It alone needs slow weights.
         reporter = Reporter(args, open(args.log_file, "a", buffering=1 << 25, encoding="utf-8"))
-        producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})
+        producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})  # Connects while Faker loads.
+        fake = Faker(args.locale, use_weighting=args.locale == "es_CL").factories[0]  # It alone needs slow weights.
     except OSError as error:
         sys.exit(f"kafka_producer.py: can't write to {args.log_file}: {error.strerror}")
     except Exception as error:  # Faker and the library have many ways to refuse what they can't use.
