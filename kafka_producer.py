@@ -128,7 +128,7 @@ def main():
     sys.stdout = open(sys.stdout.fileno(), "w", buffering=1 << 25, encoding="utf-8", closefd=False)
     try:
         reporter = Reporter(args, open(args.log_file, "a", buffering=1 << 25, encoding="utf-8"))
-        producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})  # Connects while Faker loads.
+        producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})  # Connects already.
         fake = Faker(args.locale, use_weighting=args.locale == "es_CL").factories[0]  # It alone needs slow weights.
     except OSError as error:
         sys.exit(f"kafka_producer.py: can't write to {args.log_file}: {error.strerror}")
