@@ -45,7 +45,7 @@ def wait_until(condition, what, limit=20):
 class Script:
     """kafka_producer.py or kafka_consumer.py as a process in a folder of its own, its output in files.
 
-    shell: what a shell does to start it, 'exec "$@" >&-' for example.
+    shell: what a shell does to start it, 'exec "$@" >/dev/full' for example.
     """
 
     def __init__(self, folder, name, options, stdout=None, stdin=subprocess.DEVNULL, shell=None):

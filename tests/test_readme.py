@@ -24,7 +24,6 @@ STEP = re.compile(r"^```(\w+) ?(.*)\n((?s:.*?))^```$|Ctrl-C\s+in\s+terminal\s+(\
 # Of Kafka's own tools, which are in the image, the options that the README may use (--help of Kafka 3.9's tools).
 TOOLS = {
     "kafka-topics": {"--bootstrap-server", "--describe", "--topic"},
-    "kafka-console-consumer": {"--bootstrap-server", "--topic", "--from-beginning", "--max-messages"},
     "kafka-consumer-groups": {"--bootstrap-server", "--describe", "--group"},
 }
 
