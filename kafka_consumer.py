@@ -1,39 +1,259 @@
-"""Prints the events of a Kafka topic, one per line, and resumes from its consumer group's last committed offset.
+"""Prints the events of a Kafka topic, one per line, and goes on where its consumer group left off.
 
-  python kafka_consumer.py                                     what the group has not read yet, and then what comes
-  python kafka_consumer.py --from-offset -5 --exit --verbose   the last five of each partition, without the group
-
-exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call
+Read down to the line "End of the lesson". Below it are error messages and the options of the command line.
 """
 
 import argparse
-import contextlib
-import logging
+import math
 import os
 import re
 import signal
 import sys
+import threading
 import time
-from datetime import datetime, timezone
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
+
+# A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing.
+# A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
+# A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them.
+# A rebalance divides the partitions anew when a consumer joins the group or leaves it.
+# A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
-DEFAULTS = {
-    "bootstrap.servers": "localhost:9092",  # Brokers to ask first; they tell the addresses of all others.
-    "group.id": "python-consumer",  # Consumers of one group share the partitions; Kafka keeps the group's offsets.
-    "auto.offset.reset": "earliest",  # A group without committed offsets begins with the oldest event.
-    # Every 5 s and in close() the library commits (saves in Kafka) the offsets that are stored. By default it stores an
-    # offset when it hands over the event; we do so after printing: no event is skipped, but a crash may repeat some.
-    "enable.auto.offset.store": "false",  # The one property that --config can't change.
-    "enable.partition.eof": "true",  # Let poll() return a _PARTITION_EOF "error" at the end of a partition.
-    "queued.min.messages": "10000",  # Read ahead this many events per partition: fewer than usual, to save memory.
-    "fetch.queue.backoff.ms": "10",  # When so many are there, look again after 10 ms; 1000, the default, is too slow.
+SETTINGS = {
+    "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
+    "group.id": "python-consumer",
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin with the oldest.
+    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "fetch.queue.backoff.ms": 10,  # When enough is read ahead, pause for 10 ms. The usual second is slow.
 }
-# Leave out what the library logs when it tries again, what it reports too, and properties that are for producers.
-LIBRARY_LOG = logging.Logger("librdkafka")
-LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "MAXPOLL", "PARTCNT", "CONFWARN"))
+# main() relies on these, so --config can't change them.
+FIXED = {
+    # To store an offset is to note it in memory. By default the library does so before we have handled the event.
+    "enable.auto.offset.store": False,
+    # To commit is to send the stored offsets to Kafka: every five seconds, and in close(). Not with --from-offset.
+    "enable.auto.commit": True,
+    "enable.partition.eof": True,  # At the end of a partition poll() returns a message with an error; for --exit.
+}
+
+
+def main():
+    args = parse_arguments()
+    news = News()
+    stop = Stop(args.max_messages, args.exit, news)
+    try:
+        consumer = Consumer(args.settings | {"on_commit": news.on_commit, "error_cb": news.on_error, "logger": news})
+    except Exception as error:
+        wrong_call(error)
+    tell("Kafka Consumer has been initiated...")
+    tell(f"Available topics to consume: {', '.join(available_topics(consumer, args.topic)) or 'none yet'}")
+
+    exit_status = 0
+    try:
+        if args.exit:
+            find_partitions(consumer, args.topic)  # Waits for the topic, but not for long.
+        if args.from_offset is None:
+            # Joins the group. From now on poll() calls on_assign() and on_revoke() in each rebalance.
+            consumer.subscribe([args.topic], on_assign=news.on_assign, on_revoke=news.on_revoke)
+        else:
+            read_without_group(consumer, args.topic, args.from_offset, news)
+        handle_signals(stop.on_signal)
+        while not stop.is_due():
+            message = consumer.poll(0.5)
+            if message is None:  # No event within half a second.
+                continue
+            if message.error():
+                stop.on_error(message)
+                continue
+            process(message, args.verbose)
+            # Only now. If the program is killed, events since the last commit come again: each comes at least once.
+            consumer.store_offsets(message)
+            stop.printed += 1
+        tell(f"Printed {stop.printed} events. Closing.")
+    except KafkaException as error:
+        tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
+        exit_status = 1
+    finally:
+        end_within(8)
+        consumer.close()  # Commits the stored offsets and leaves the group.
+    sys.exit(1 if news.commit_failed else exit_status)
+
+
+def process(message, verbose):
+    """Handles one event: prints it. To do something else with events, replace this function.
+
+    It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
+    If it raises an exception the program ends, and the next run begins with the same event.
+    """
+    line = printable(message.value())
+    if verbose:
+        place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
+        line = f"{place} key={printable(message.key())} {line}"
+    print(line, flush=True)
+
+
+class News:
+    """What the library tells us. It calls these methods in poll() and close().
+
+    partitions: the numbers of the partitions that this consumer has.
+    unread: the numbers of those whose end it has not reached.
+    commit_failed: whether the last commit failed.
+    """
+
+    def __init__(self):
+        self.partitions = set()
+        self.unread = set()
+        self.changed_at = math.inf
+        self.commit_failed = False
+        self.silent_until = 0
+
+    def on_assign(self, _, partitions):
+        """A rebalance gives this consumer partitions. It will read each from its committed offset on."""
+        numbers = {partition.partition for partition in partitions}
+        self.partitions |= numbers
+        self.unread |= numbers
+        if numbers or not self.partitions:
+            self.tell_partitions()
+
+    def on_revoke(self, _, partitions):
+        """A rebalance takes partitions away, perhaps to give them back in a moment."""
+        numbers = {partition.partition for partition in partitions}
+        self.partitions -= numbers
+        self.unread -= numbers
+        if self.partitions:
+            self.tell_partitions()
+
+    def tell_partitions(self):
+        self.changed_at = time.monotonic()
+        numbers = ", ".join(str(number) for number in sorted(self.partitions))
+        tell(f"Got partitions: {numbers or 'none; other members of the group have the rest'}")
+
+    def on_commit(self, error, partitions):
+        """Offsets were committed, or could not be."""
+        error = error or next((partition.error for partition in partitions if partition.error), None)
+        self.commit_failed = error is not None
+        if error:
+            tell(f"Can't commit offsets, so these events may come again: {error.str()}")
+
+    def on_error(self, error):
+        """A connection has failed. The library will try again. Told every ten seconds."""
+        if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
+            self.silent_until = time.monotonic() + 10
+            tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
+
+    def log(self, _level, _format, facility, _client, text):
+        """The library logs something. Told only when events were deleted before they were read."""
+        if facility == "OFFSET":
+            tell(text.removeprefix("[thrd:main]: "))
+
+
+# End of the lesson. ---------------------------------------------------------------------------------------------------
+
+HINT = "Is Kafka running (docker compose up -d --wait)? If this is not the address you gave: advertised.listeners."
+
+
+class Stop:
+    """When to stop.
+
+    printed: how many events were printed.
+    """
+
+    def __init__(self, max_messages, at_end, news):
+        self.max_messages = max_messages
+        self.at_end = at_end
+        self.news = news
+        self.printed = 0
+        self.requested = False
+
+    def on_signal(self, *_):
+        """Called when Ctrl-C or SIGTERM comes. A second one ends the program at once."""
+        self.requested = True
+        handle_signals(signal.SIG_DFL)
+
+    def is_due(self):
+        if self.requested or self.printed >= self.max_messages:
+            return True
+        if self.news.partitions:
+            return not self.news.unread
+        # Without partitions for ten seconds: other members of the group have them all.
+        return self.at_end and time.monotonic() > self.news.changed_at + 10
+
+    def on_error(self, message):
+        """Notes the end of a partition, tells errors that pass by themselves, raises KafkaException for others."""
+        error = message.error()
+        if error.code() in LASTING_ERRORS:
+            raise KafkaException(error)
+        if error.code() != KafkaError._PARTITION_EOF:
+            tell(error.str())
+        elif self.at_end:
+            self.news.unread.discard(message.partition())
+
+
+LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
+LASTING_ERRORS |= {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}
+
+
+def tell(line):
+    """Writes a line about the run to standard error. Standard output is for events alone."""
+    print(line, file=sys.stderr)
+
+
+def wrong_call(error):
+    """Ends the program because a setting was refused."""
+    tell(f"kafka_consumer.py: {error.args[0].str() if isinstance(error, KafkaException) else error}")
+    sys.exit(2)
+
+
+def available_topics(consumer, topic):
+    """Returns the names of all topics; ends the program when no broker answers for 30 seconds."""
+    for seconds in (1, 2, 4, 8, 15):
+        try:
+            names = sorted(consumer.list_topics(timeout=seconds).topics)
+            consumer.list_topics(topic, timeout=seconds)  # Makes the library look out for it if it does not exist yet.
+            return names
+        except KafkaException:
+            consumer.poll(0)  # Calls error_cb.
+    sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
+
+
+def find_partitions(consumer, topic):
+    """Returns the numbers of a topic's partitions; raises KafkaException if it is not there after some seconds."""
+    for seconds in (0.2, 0.5, 1, 2, 4):
+        found = consumer.list_topics(topic, timeout=30).topics[topic]
+        if found.error is None:
+            return list(found.partitions)
+        time.sleep(seconds)  # A broker that has just started may not know its topics yet.
+    raise KafkaException(found.error)
+
+
+def read_without_group(consumer, topic, offset, news):
+    """Begins to read all partitions at an offset."""
+    numbers = find_partitions(consumer, topic)
+    news.partitions.update(numbers)
+    news.unread.update(numbers)
+    consumer.assign([TopicPartition(topic, number, offset) for number in numbers])
+
+
+def handle_signals(handler):
+    """Sets what Ctrl-C and SIGTERM do. signal.SIG_DFL: end the program at once."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def end_within(seconds):
+    """Ends the program after that time, since close() waits long for a broker that is away."""
+
+    def give_up():
+        tell("kafka_consumer.py: no answer from Kafka. Offsets are not committed, so the last events will come again.")
+        os._exit(1)
+
+    handle_signals(signal.SIG_DFL)
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+
+
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -41,136 +261,7 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 def printable(data):
     r"""Returns bytes as one line of text, with \n, \x1b and the like for what is unsafe or not UTF-8; None as null."""
     text = "null" if data is None else data.decode(errors="backslashreplace")
-    return text if text.isprintable() else UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def event_line(message, verbose):
-    """Returns the line to print for an event."""
-    if not verbose:
-        return f"{printable(message.value())}\n"
-    when = datetime.fromtimestamp(max(0, min(message.timestamp()[1] / 1000, 253402300799)), timezone.utc)  # To 9999.
-    place = f"partition={message.partition()} offset={message.offset()} time={when.isoformat(timespec='milliseconds')}"
-    return f"{place} key={printable(message.key())} {printable(message.value())}\n"
-
-
-class Reporter:
-    """Its on_... methods are called by the library, from poll() and close(), and by the system for signals."""
-
-    def __init__(self, servers):
-        self.servers, self.printed, self.stopped = servers, 0, False
-        self.reason, self.silent_until = f"{servers}: connection closed", 0
-
-    def on_assign(self, _, partitions):
-        """Called with the partitions that are new to this consumer, when the group divides them anew (rebalances)."""
-        numbers = ", ".join(str(number) for number in sorted(partition.partition for partition in partitions))
-        print(f"Got partitions: {numbers or 'none; other members of the group have the rest'}", file=sys.stderr)
-
-    def on_error(self, error):
-        """Called with what goes wrong with connections, which the library keeps trying to make."""
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self.reason = error.str().split(" (after ")[0]
-        elif time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
-            hint = "Is Kafka running (docker compose up -d --wait)? With TLS: security.protocol and host name right?"
-            if not any(server.strip() in self.reason for server in self.servers.split(",")):
-                hint = f"{self.servers} gave this address itself (advertised.listeners); it can't be reached from here."
-            print(f"Can't connect: {self.reason}\n{hint}", file=sys.stderr)
-
-    def on_signal(self, *_):
-        """Ends the reading; a second Ctrl-C or SIGTERM then ends the program at once."""
-        self.stopped = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def print_events(consumer, reporter, args):
-    """Prints events until a signal comes, or all that were asked for are printed."""
-    finished = set()  # The partitions that need no more reading.
-    while not reporter.stopped and reporter.printed < args.max_messages:
-        assigned = {partition.partition for partition in consumer.assignment()}
-        if assigned and assigned <= finished:
-            break
-        message = consumer.poll(0.5)  # Also calls on_assign and on_error; short, so that Ctrl-C is noticed.
-        if message is None:  # Nothing there yet.
-            continue
-        # The others that have arrived, without waiting: one by one would be slower.
-        batch, events = [message, *consumer.consume(min(args.max_messages - reporter.printed, 1000) - 1, 0)], []
-        for message in batch:
-            error, offset = message.error(), message.offset()
-            if error is None:
-                if args.first_offset <= offset <= args.to_offset:
-                    events.append(message)
-            elif error.code() != KafkaError._PARTITION_EOF:
-                if args.exit or re.search("FATAL|AUTHORIZATION", error.name()):
-                    raise KafkaException(error)
-                print(error.str(), file=sys.stderr)  # The library tries again by itself.
-                continue
-            if (args.exit and error) or offset + (error is None) > args.to_offset:
-                finished.add(message.partition())
-        print("".join(event_line(message, args.verbose) for message in events), end="", flush=True)
-        reporter.printed += len(events)
-        # Only now are they done. Stores the offset after the last one of each partition: there the group goes on.
-        for message in () if args.without_group else {message.partition(): message for message in events}.values():
-            with contextlib.suppress(KafkaException):  # Another consumer has the partition now, and repeats them.
-                consumer.store_offsets(message)
-
-
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # There is nothing to save yet: Ctrl-C ends the program at once.
-    args = parse_arguments()
-    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # UTF-8 and buffered, always.
-    reporter = Reporter(args.config["bootstrap.servers"])
-    try:
-        consumer = Consumer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})
-    except Exception as error:  # The library has many ways to refuse a property.
-        reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
-        print(f"kafka_consumer.py: can't use the properties of --config: {reason}", file=sys.stderr)
-        sys.exit(2)
-    print("Kafka Consumer has been initiated...", file=sys.stderr)
-    print(f"Available topics to consume: {', '.join(available_topics(consumer)) or 'none yet'}", file=sys.stderr)
-    signal.signal(signal.SIGINT, reporter.on_signal)
-    signal.signal(signal.SIGTERM, reporter.on_signal)
-    try:
-        topic = consumer.list_topics(args.topic, timeout=30).topics[args.topic]  # Also has the library look out for it.
-        if args.without_group:
-            assign_range(consumer, args, topic)
-        else:
-            consumer.subscribe([args.topic], on_assign=reporter.on_assign)
-        print_events(consumer, reporter, args)
-        print(f"Printed {reporter.printed} events. Closing.", file=sys.stderr)
-    except KafkaException as error:
-        sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would write the rest in the end.
-        sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
-    finally:
-        consumer.close()  # Commits the stored offsets and leaves the group.
-
-
-def available_topics(consumer):
-    """Returns the names of all topics as soon as a broker answers; ends the program after 30 s without an answer."""
-    for seconds in (1, 2, 4, 8, 15):  # Enough for the one answer about the many topics of a large cluster.
-        try:
-            return sorted(consumer.list_topics(timeout=seconds).topics)
-        except KafkaException:
-            consumer.poll(0)  # Calls on_error.
-    sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
-
-
-def assign_range(consumer, args, topic):
-    """Begins to read a TopicMetadata's partitions at args.from_offset, without the group."""
-    if topic.error:
-        raise KafkaException(topic.error)
-    start = []
-    for number in sorted(topic.partitions) if args.partition is None else [args.partition]:
-        # The oldest offset, and the one that the next event will get.
-        low, high = consumer.get_watermark_offsets(TopicPartition(args.topic, number), timeout=10)
-        wanted = {None: low, "beginning": low, "end": high}.get(args.from_offset, args.from_offset)
-        offset = min(max(wanted if wanted >= 0 else high + wanted, low), high)
-        held = f"holds offsets {low} to {high - 1}" if low < high else "is empty"
-        print(f"Partition {number} {held}. Reading from offset {offset}.", file=sys.stderr)
-        start.append(TopicPartition(args.topic, number, offset))
-    consumer.assign(start)
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def properties(path):
@@ -186,33 +277,47 @@ def properties(path):
 
 
 def offset(text):
-    return text if text in ("beginning", "end") else int(text)
+    """Returns the offset for assign() that N, -N, beginning or end stand for."""
+    if text in ("beginning", "end"):
+        return OFFSET_BEGINNING if text == "beginning" else OFFSET_END
+    number = int(text)
+    if abs(number) > 2**62:
+        raise ValueError
+    return -2000 + number if text.startswith("-") else number  # RD_KAFKA_OFFSET_TAIL of librdkafka.
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Prints the events of a Kafka topic, one per line, and goes on where its consumer group left off.",
+        epilog="Exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call.",
+    )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
     add("-G", "--group", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
-    add("-p", "--partition", type=int, help="only this one, without the group (default: all)")
-    add("--from-offset", type=offset, help="begin here, without the group: N, -N (from the end), beginning, end")
-    add("--to-offset", type=int, default=sys.maxsize, help="end after this offset, without the group")
+    add("-o", "--from-offset", type=offset, help="begin at N, -N (from the end), beginning, end; no commits")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
-    add("-v", "--verbose", action="store_true", help="partition, offset, time and key before each event")
+    add("-v", "--verbose", action="store_true", help="partition, offset, timestamp and key before each event")
     args = parser.parse_args()
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", args.topic):
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
-    args.without_group = args.partition is not None or args.from_offset is not None or args.to_offset < sys.maxsize
-    args.first_offset = args.from_offset if isinstance(args.from_offset, int) else 0
-    if max(args.first_offset, 0) > args.to_offset or args.max_messages < 0 or (args.partition or 0) not in range(2**31):
-        parser.error("--to-offset is before --from-offset or 0, or --max-messages or --partition out of range")
-    given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group, "enable.auto.offset.store": "false"}
-    args.config = DEFAULTS | args.config | {name: value for name, value in given.items() if value}
+    if args.max_messages < 0:
+        parser.error(f"--max-messages {args.max_messages} is negative")
+    given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group}
+    args.settings = SETTINGS | args.config | {name: value for name, value in given.items() if value} | FIXED
+    if args.from_offset is not None:
+        args.settings |= {"enable.auto.commit": False, "auto.offset.reset": "error"}
     return args
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
+    # With PYTHONUNBUFFERED, print() may lose the rest of a line that was written in part, so have a buffer always.
+    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
+    try:
+        main()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the rest, which Python writes at its end.
+        sys.exit(f"kafka_consumer.py: {error}")

@@ -1,39 +1,81 @@
 """Writes fake user registrations to a Kafka topic, and reports what became of each one.
 
-Exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 or 143 ended by Ctrl-C or SIGTERM.
+Read down to the line "End of the lesson". Below it are error messages and the options of the command line.
 """
 
 import argparse
 import json
-import logging
 import math
 import os
 import re
 import signal
 import sys
+import threading
 import time
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 from faker import Faker
 
+# A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
+# A topic is a named log of events: new ones are appended, and reading does not remove them.
+# A partition is a part of a topic. It keeps its events in order, and replicas of it (copies) are on other brokers.
+# An offset is the position of an event in its partition: 0, 1, 2 and so on.
+# A key decides on the partition: events with the same key go to the same one, and so they stay in order.
+
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
-DEFAULTS = {
-    "bootstrap.servers": "localhost:9092",  # Brokers to ask first; they tell the addresses of all others.
-    "acks": "all",  # The broker confirms an event only when all in-sync replicas have it.
-    "enable.idempotence": "true",  # If a confirmation is lost the event is sent again, but stored once and in order.
-    "linger.ms": "20",  # Wait up to 20 ms to send several events in one request.
-    "delivery.timeout.ms": "120000",  # Give up on an event that is not confirmed within two minutes.
-    "topic.metadata.propagation.max.ms": "15000",  # Give up on a topic that is still unknown after 15 seconds.
-    "partitioner": "murmur2_random",  # Send a key to the same partition as Java's producers do.
+SETTINGS = {
+    "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
+    "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
+    # When a confirmation is lost the library sends the event again. With this the topic has it once, and in order.
+    "enable.idempotence": True,
+    "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
+    "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
+    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "log_level": 2,  # No log on the terminal: the code below reports what goes wrong.
 }
-# Leave out what the library logs when it tries again, what it reports too, and properties that are for consumers.
-LIBRARY_LOG = logging.Logger("librdkafka")
-LIBRARY_LOG.addHandler(logging.StreamHandler())
-LIBRARY_LOG.addFilter(lambda record: record.args[0] not in ("FAIL", "FATAL", "GETPID", "CONFWARN"))
+MAX_UNCONFIRMED = 10_000  # Pause when so many events are unconfirmed. They are lost if the program is killed.
+
+
+def main():
+    args = parse_arguments()
+    try:
+        report = Report(args.log_file, args.quiet)
+        producer = Producer(args.settings | {"error_cb": report.on_error})
+    except Exception as error:
+        wrong_call(error)
+    fake = Faker(use_weighting=False)  # Three times as fast, but rare names are as frequent as common ones.
+    fake.seed_instance(args.seed)
+    find_topic(producer, args.topic)
+    report.print("Kafka Producer has been initiated...")
+    stop_on_signals(report, producer)
+
+    start = time.monotonic()
+    sent = 0
+    try:
+        while sent < args.count and report.exit_status == 0:  # It is not 0 after a failure or Ctrl-C.
+            due = start + sent * args.interval
+            if time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED:
+                # Waits up to 10 ms, and calls on_delivery() for delivery reports that have come.
+                producer.poll(0.01)
+                continue
+            event = registration(fake)
+            key = str(event["user_id"])
+            value = json.dumps(event, ensure_ascii=False)
+            # Puts the event into a queue and returns at once. A thread of the library sends what is in the queue.
+            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
+            producer.poll(0)  # Without waiting: at full speed the poll() above is never reached.
+            sent += 1
+    except KafkaException as error:
+        report.fail(f"kafka_producer.py: can't write to topic {args.topic}: {error.args[0].str()}")
+    finally:
+        # Sends what is still in the queue, and returns when each event has had its delivery report.
+        producer.flush()
+        report.print(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.")
+    sys.exit(report.exit_status)
 
 
 def registration(fake):
-    """Returns a made-up user registration as a dict of JSON values."""
+    """Returns one event as a dict. To send data of your own, replace this function, and the key in main()."""
     return {
         "user_id": fake.random_int(20000, 100000),
         "user_name": fake.name(),
@@ -43,123 +85,102 @@ def registration(fake):
     }
 
 
-class Reporter:
-    """Its on_... methods are called by the library, from poll() and flush(), and by the system for signals.
+class Report:
+    """What became of the events, in numbers, in the log file and on the terminal.
 
     delivered, failed: how many events the broker has confirmed, and how many it has not.
-    exit_status: None, or what sys.exit() takes when no more events are sent: a message, 1, 128 + the signal's number.
+    exit_status: 0 as long as more events may be sent; then what the program ends with.
     """
 
-    def __init__(self, args, log):
-        self.servers, self.log = args.config["bootstrap.servers"], log
-        self.quiet, self.on_terminal = args.quiet, sys.stderr.isatty()
-        self.delivered, self.failed, self.exit_status, self.give_up_at = 0, 0, None, math.inf
-        self.reason, self.silent_until = f"{self.servers}: connection closed", 0
+    def __init__(self, log_file, quiet):
+        self.log = open(log_file, "a", encoding="utf-8")
+        self.quiet = quiet
+        self.delivered = 0
+        self.failed = 0
+        self.exit_status = 0
+        self.silent_until = 0
 
     def on_delivery(self, error, message):
-        """Called with the delivery report of one event: why it failed, or where the broker has stored it."""
+        """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
         event = f"topic {message.topic()} with value of {message.value().decode()}"
-        if error is not None:
-            # A timeout does not prove that the event is absent: perhaps only its confirmation was lost.
-            line = f"Failed to deliver to {event}: {error.str()}"
-            self.failed += 1
-            self.exit_status = self.exit_status or 1
-        else:
-            line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
+        if error is None:
             self.delivered += 1
-        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        if not self.quiet or (error and self.failed == 1):
-            print(line, file=sys.stderr if error else sys.stdout)
-        elif self.on_terminal:
-            print(f"{self.delivered} delivered", end="\r", file=sys.stderr)
+            line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
+            if not self.quiet:
+                self.print(line)
+        else:
+            # It may be in the topic all the same: perhaps only the confirmation was lost.
+            self.failed += 1
+            line = f"Failed to deliver to {event}: {error.str()}"
+            if self.failed == 1 or not self.quiet:
+                self.fail(line)
+        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log, self.fail)
 
     def on_error(self, error):
-        """Called with what goes wrong with connections, which the library keeps trying to make."""
-        if error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self.reason = error.str().split(" (after ")[0]
-        elif time.monotonic() > self.silent_until:
+        """Called in poll() and flush() when a connection fails. The library will try again. Told every ten seconds."""
+        if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
             self.silent_until = time.monotonic() + 10
-            hint = "Is Kafka running (docker compose up -d --wait)? With TLS: security.protocol and host name right?"
-            if not any(server.strip() in self.reason for server in self.servers.split(",")):
-                hint = f"{self.servers} gave this address itself (advertised.listeners); it can't be reached from here."
-            print(f"Can't connect: {self.reason}\n{hint}", file=sys.stderr)
+            print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
 
-    def on_signal(self, number, _):
-        """Ends the sending; a second Ctrl-C or SIGTERM then ends the program at once."""
-        self.exit_status, self.give_up_at = 128 + number, time.monotonic() + 5
+    def print(self, line):
+        write_line(line, sys.stdout, self.fail)
+
+    def fail(self, line):
+        """Reports a failure, after which no more events are sent."""
+        print(line, file=sys.stderr)
+        self.exit_status = self.exit_status or 1
+
+
+# End of the lesson. ---------------------------------------------------------------------------------------------------
+
+HINT = "Is Kafka running (docker compose up -d --wait)? If this is not the address you gave: advertised.listeners."
+
+
+def write_line(line, file, fail):
+    """Writes a line at once. If that is not possible it calls fail() with the reason, and discards what follows."""
+    try:
+        print(line, file=file, flush=True)
+    except OSError as error:
+        name = "standard output" if file is sys.stdout else file.name
+        fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def wrong_call(error):
+    """Ends the program because the log file or a setting was refused."""
+    print(f"kafka_producer.py: {error.args[0].str() if isinstance(error, KafkaException) else error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def find_topic(producer, topic):
+    """Returns when the topic is there; most clusters create it on request. Otherwise ends the program."""
+    for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
+        try:
+            error = producer.list_topics(topic, timeout=seconds).topics[topic].error
+            if error is None:
+                return
+            problem = f"can't write to topic {topic}: {error.str()}"
+            time.sleep(seconds / 3)  # It may be about to be created.
+        except KafkaException:
+            problem = "no answer from Kafka for 30 seconds"
+            producer.poll(0)  # Calls error_cb.
+    sys.exit(f"kafka_producer.py: {problem}")
+
+
+def stop_on_signals(report, producer):
+    """Makes Ctrl-C and SIGTERM end the sending. A second one ends the program at once."""
+
+    def on_signal(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        report.exit_status = report.exit_status or 128 + number
+        # Events that are not confirmed after five more seconds are reported as failed.
+        timer = threading.Timer(5, producer.purge)
+        timer.daemon = True
+        timer.start()
 
-    def flush(self):
-        """Writes the lines of the reports to the log file and to standard output; returns exit_status."""
-        for file, name in ((self.log, self.log.name), (sys.stdout, "standard output")):
-            try:
-                file.flush()
-            except OSError as error:
-                self.exit_status = self.exit_status or f"kafka_producer.py: can't write to {name}: {error.strerror}"
-                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # The rest goes nowhere.
-        return self.exit_status
-
-
-def send_events(producer, reporter, fake, args):
-    """Sends args.count events, one every args.interval seconds, until a failure or a signal ends it."""
-    start, sent, event = time.monotonic(), 0, registration(fake)
-    while reporter.flush() is None and sent < (args.count or math.inf):
-        wait = start + sent * args.interval - time.monotonic()  # From the start: a slow event delays no other.
-        if wait <= 0:
-            # Events with the same key go to the same partition, so they stay in order.
-            key, value = str(event["user_id"]), json.dumps(event, ensure_ascii=False)
-            try:  # Only puts the event into the library's queue; a background thread sends it.
-                producer.produce(args.topic, key=key, value=value, on_delivery=reporter.on_delivery)
-                sent, event = sent + 1, registration(fake)
-            except BufferError:  # The queue is full. Reports make room in it; then the same event is tried again.
-                wait = 0.1
-        producer.poll(min(max(wait, 0), 0.5))  # Calls on_delivery and on_error; short, so that Ctrl-C is noticed.
-    while producer.flush(0.5):  # Sends what is still queued; returns how many events are unreported after 0.5 s.
-        reporter.flush()
-        if time.monotonic() > reporter.give_up_at:
-            producer.purge()  # Drops them; the next flush() reports them as failed.
-
-
-def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # There is nothing to save yet: Ctrl-C ends the program at once.
-    args = parse_arguments()
-    # Room for the lines of many reports, so that only flush() writes; UTF-8, whatever the terminal is set to.
-    sys.stdout = open(sys.stdout.fileno(), "w", buffering=1 << 25, encoding="utf-8", closefd=False)
-    try:
-        reporter = Reporter(args, open(args.log_file, "a", buffering=1 << 25, encoding="utf-8"))
-        producer = Producer(args.config | {"error_cb": reporter.on_error, "logger": LIBRARY_LOG})  # Connects already.
-        fake = Faker(args.locale, use_weighting=args.locale == "es_CL").factories[0]  # It alone needs slow weights.
-    except OSError as error:
-        sys.exit(f"kafka_producer.py: can't write to {args.log_file}: {error.strerror}")
-    except Exception as error:  # Faker and the library have many ways to refuse what they can't use.
-        reason = error.args[0].str().strip() if isinstance(error, KafkaException) else error
-        print(f"kafka_producer.py: can't use --locale or the properties of --config: {reason}", file=sys.stderr)
-        sys.exit(2)
-    fake.seed_instance(args.seed)
-    wait_for_broker(producer, args.topic)
-    print("Kafka Producer has been initiated...")
-    signal.signal(signal.SIGINT, reporter.on_signal)
-    signal.signal(signal.SIGTERM, reporter.on_signal)
-    for _ in range(3):  # Once, if all goes well; after an error again, for the reports of what is on its way.
-        try:
-            send_events(producer, reporter, fake, args)
-            break
-        except (KafkaException, SystemError) as error:  # An event was refused, or the library gives up for good.
-            reason = (error.__cause__ or error).args[0].str()  # SystemError: an exception that confluent-kafka hid.
-            reporter.exit_status = f"kafka_producer.py: can't write to topic {args.topic}: {reason}"
-    print(f"Delivered {reporter.delivered} events to topic {args.topic}, {reporter.failed} failed.")
-    sys.exit(reporter.flush())
-
-
-def wait_for_broker(producer, topic):
-    """Returns when a broker answers; ends the program after 30 s without an answer."""
-    for _ in range(30):
-        try:
-            return producer.list_topics(topic, timeout=1)  # Makes the broker create the topic, if it is set to do so.
-        except KafkaException:
-            producer.poll(0)  # Calls on_error.
-    sys.exit("kafka_producer.py: no answer from Kafka for 30 seconds")
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def properties(path):
@@ -175,7 +196,10 @@ def properties(path):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Writes fake user registrations to a Kafka topic, and reports what became of each one.",
+        epilog="Exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 or 143 ended by Ctrl-C or SIGTERM.",
+    )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
@@ -183,7 +207,6 @@ def parse_arguments():
     add("-i", "--interval", type=float, default=1, help="seconds from one event to the next (default: %(default)s)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")
-    add("--locale", default="en_US", help="language and country of the people, like de_DE (default: %(default)s)")
     add("--seed", type=int, help="make the same people each time (default: others each time)")
     add("-q", "--quiet", action="store_true", help="don't print each event; the log file still has them")
     args = parser.parse_args()
@@ -191,10 +214,14 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
-    args.config = DEFAULTS | args.config
-    args.config["bootstrap.servers"] = args.bootstrap_servers or args.config["bootstrap.servers"]
+    args.count = args.count or math.inf
+    given = {"bootstrap.servers": args.bootstrap_servers} if args.bootstrap_servers else {}
+    args.settings = SETTINGS | args.config | given | {"queue.buffering.max.messages": MAX_UNCONFIRMED}
+    args.settings.pop("logger", None)  # A Python object, which a file can't hold.
     return args
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
+    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # Whatever the terminal is set to.
     main()

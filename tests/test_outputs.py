@@ -66,9 +66,9 @@ def test_log_without_permission(scripts, cluster, topic):
         if not os.path.isdir("/sys"):
             pytest.skip("root may write everywhere here")
     producer = scripts.producer("-t", topic, "--log-file", path)
-    assert producer.wait() == 1
+    assert producer.wait() == 2
     (line,) = producer.stderr.splitlines()
-    assert re.fullmatch(f"kafka_producer.py: can't write to {path}: (Permission denied|Read-only file system)", line)
+    assert re.fullmatch(rf"kafka_producer.py: .*(Permission denied|Read-only file system): '{path}'", line)
     assert producer.stdout == ""
     assert read_topic(cluster, topic) == []
 
@@ -115,7 +115,7 @@ def test_consumer_with_stdout_full(scripts, cluster, filled, group):
     consumer = scripts.consumer("-t", filled, "-G", group, shell='exec "$@" >/dev/full')
     assert consumer.wait() == 1
     error = consumer.stderr.splitlines()[-1]
-    assert error == "kafka_consumer.py: can't write to standard output: No space left on device"
+    assert error == "kafka_consumer.py: [Errno 28] No space left on device"
     assert not committed(cluster, filled, group)
     again = scripts.consumer("-t", filled, "-G", group, "-e")
     assert again.wait() == 0
@@ -131,7 +131,7 @@ def test_consumer_whose_stdout_becomes_full(scripts, cluster, topic, group):
     shell = f'ulimit -f 200; exec "$@" > {shlex.quote(str(out))}'
     consumer = scripts.consumer("-t", topic, "-G", group, "-e", shell=shell)
     assert consumer.wait() == 1
-    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: can't write to standard output: File too large"
+    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: [Errno 27] File too large"
     written = numbers(out.read_text().split("\n")[:-1])
     assert 1000 < len(written) < 20_000
     assert written == list(range(len(written)))
@@ -150,7 +150,7 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
     assert numbers([consumer.process.stdout.readline()]) == [0]
     consumer.process.stdout.close()
     assert consumer.wait() == 1
-    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: can't write to standard output: Broken pipe"
+    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: [Errno 32] Broken pipe"
     place = committed(cluster, topic, group) or 0
     assert place < 20_000
     again = scripts.consumer("-t", topic, "-G", group, "-e")
@@ -162,7 +162,7 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
 def test_a_second_signal_ends_it_when_nobody_reads(scripts, cluster, topic, name):
     """Its output is a pipe that is full."""
     create_topic(cluster, topic)
-    options = {"producer": ["-c", 0, "-i", 0], "consumer": ["-p", 0]}[name]
+    options = {"producer": ["-c", 0, "-i", 0], "consumer": ["--from-offset", "beginning"]}[name]
     produce(cluster, topic, [b"x" * 500_000])  # More than a pipe holds.
     script = getattr(scripts, name)("-t", topic, *options, stdout=subprocess.PIPE)
     assert script.process.stdout.read(1)

@@ -230,7 +230,7 @@ def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
 
 @pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
 def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user, mechanism):
-    config = login(files, user, mechanism) | {"debug": "all"}
+    config = login(files, user, mechanism) | {"debug": "all", "log_level": "7"}
     path = write(scripts.folder / "client.properties", config)
     producer = scripts.producer("-t", topic, "-c", 1, "-F", path)
     assert producer.wait() == 0
@@ -253,7 +253,7 @@ NO_RIGHTS = {
     "see, producer": ("producer", "nobody", [], "can't write to topic {topic}: .* authorization failed"),
     "see, consumer": ("consumer", "nobody", [], "can't read topic {topic}: .* authorization failed"),
     "read": ("consumer", "walter", [], f"can't read topic {{topic}}: .*{DENIED}"),
-    "read a stretch": ("consumer", "walter", ["-p", 0], f"can't read topic {{topic}}: .*{DENIED}"),
+    "read a stretch": ("consumer", "walter", ["--from-offset", "beginning"], f"can't read topic {{topic}}: .*{DENIED}"),
     "use the group": ("consumer", "nogroup", [], "can't read topic {topic}: .*Group authorization failed"),
 }
 
