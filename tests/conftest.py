@@ -1,6 +1,7 @@
 """What the tests share: a real cluster, topics of their own, scripts as processes, and another client to read back."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -24,10 +25,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
-# A cluster that is already up, for the tests that do not have to break it.
+# A cluster that is in use, for the tests that leave it as it is.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
 MARK = f"test-{uuid.uuid4().hex[:8]}"
+
+
+# The files that take longest, the longest first: whichever came last would keep one worker busy after all others.
+LONGEST = ["test_readme", "test_local_cluster", "test_consumer_faults", "test_faults", "test_brokers"]
+
+
+def pytest_collection_modifyitems(items):
+    """Called by pytest with the tests in the order in which they are to run."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
 
 
 def wait_until(condition, what, limit=20):
@@ -124,20 +134,6 @@ def scripts(tmp_path, cluster):
             script.process.wait()
 
 
-@pytest.fixture(scope="session")
-def session_cluster():
-    """The cluster that most tests share; nothing here may break it."""
-    if EXTERNAL:
-        cluster = SimpleNamespace(
-            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
-        )
-        yield cluster
-        delete_topics_and_groups(cluster, MARK)
-        return
-    with new_cluster() as cluster:
-        yield cluster
-
-
 def delete_topics_and_groups(cluster, mark):
     """Deletes the topics and groups whose names begin with the mark, and waits until they are gone."""
     admin = AdminClient(cluster.client_config)
@@ -155,12 +151,6 @@ def delete_topics_and_groups(cluster, mark):
         return wishes
 
     wait_until(lambda: not delete(), f"the end of topics and groups {mark}...", limit=60)
-
-
-@pytest.fixture
-def cluster(session_cluster):
-    """The cluster of this test. Test files that break theirs override this fixture."""
-    return session_cluster
 
 
 def copy_with_free_ports(compose_file, folder):
@@ -192,11 +182,51 @@ def new_cluster(compose_file=COMPOSE_FILE, **options):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def own_cluster():
-    """A cluster for the tests of one file, which may break it: they override `cluster` to return this one."""
+@pytest.fixture(scope="session")
+def shared_cluster():
+    """The cluster of the tests that leave it as it is."""
+    if EXTERNAL:
+        cluster = SimpleNamespace(
+            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
+        )
+        yield cluster
+        delete_topics_and_groups(cluster, MARK)
+        return
     with new_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def breakable_cluster():
+    """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
+    # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
+    settings = {"zookeeper.session.timeout.ms": "4000"}
+    with contextlib.ExitStack() as clusters:
+
+        @functools.cache
+        def start(*compose_file):
+            return clusters.enter_context(new_cluster(*compose_file, settings=settings))
+
+        yield start
+
+
+@pytest.fixture
+def cluster(request):
+    """The cluster of this test.
+
+    Tests share one and leave it as it is, but for topics and groups of their own. Those that are marked with
+    breaks_cluster, or breaks_cluster(compose_file), share another, and may stop, kill and pause what they like; what is
+    down after a test is started again. "Share" means the tests of one test process: each xdist worker has its own.
+    """
+    breaks = request.node.get_closest_marker("breaks_cluster")
+    if not breaks:
+        yield request.getfixturevalue("shared_cluster")
+    elif EXTERNAL:
+        pytest.skip("it would break the cluster that is in use")
+    else:
+        cluster = request.getfixturevalue("breakable_cluster")(*breaks.args)
+        yield cluster
+        cluster.up()
 
 
 @pytest.fixture

@@ -3,16 +3,11 @@
 import signal
 
 import pytest
-from conftest import EXTERNAL, numbered, press_again, produce, read_topic, wait_until
+from conftest import numbered, press_again, produce, read_topic, wait_until
 from faults import logged
 from local_cluster import free_port
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests stop their cluster")
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    return own_cluster
+pytestmark = pytest.mark.breaks_cluster
 
 
 def test_nobody_there(scripts):

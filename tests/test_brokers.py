@@ -4,22 +4,10 @@ import time
 
 import pytest
 from confluent_kafka.admin import AdminClient
-from conftest import EXTERNAL, THREE_BROKERS, create_topic, new_cluster, wait_until
-from faults import SAME_PEOPLE, assert_all_there_once, bring_back, logged, order_of_people, random_moments, stored
+from conftest import THREE_BROKERS, create_topic, wait_until
+from faults import SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(THREE_BROKERS) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster(THREE_BROKERS)
 
 
 @pytest.fixture

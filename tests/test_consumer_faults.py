@@ -5,22 +5,10 @@ import subprocess
 import time
 
 import pytest
-from conftest import EXTERNAL, committed, create_topic, new_cluster, numbered, produce, read_topic, wait_until
-from faults import QUICK_RETURN, bring_back, logged, random_moments, stored
+from conftest import committed, create_topic, numbered, produce, read_topic, wait_until
+from faults import bring_back, logged, random_moments, stored
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(settings=QUICK_RETURN) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster
 
 
 @pytest.fixture

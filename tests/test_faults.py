@@ -3,9 +3,8 @@
 import time
 
 import pytest
-from conftest import EXTERNAL, create_topic, new_cluster, wait_until
+from conftest import create_topic, wait_until
 from faults import (
-    QUICK_RETURN,
     SAME_PEOPLE,
     assert_all_there_once,
     bring_back,
@@ -15,19 +14,7 @@ from faults import (
     stored,
 )
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(settings=QUICK_RETURN) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster
 
 
 @pytest.fixture

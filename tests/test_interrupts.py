@@ -5,16 +5,10 @@ import signal
 import time
 
 import pytest
-from conftest import EXTERNAL, create_topic, read_topic
+from conftest import create_topic, read_topic
 from faults import random_moments
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests fill their cluster")
 TIMES = [8, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    return own_cluster
 
 
 def interrupt(script, moments):

@@ -79,7 +79,8 @@ def login(files, user, mechanism="PLAIN"):
 
 
 @pytest.fixture(scope="module")
-def own_cluster(files):
+def cluster(files):
+    """Instead of the one that all tests share: a cluster that asks for a password."""
     users = " ".join(f'user_{user}="{PASSWORDS[user]}"' for user in PASSWORDS if user != "sam")
     settings = {
         "listener.security.protocol.map": "HOST:SASL_SSL,CONTAINERS:PLAINTEXT",
@@ -113,11 +114,6 @@ def own_cluster(files):
         )
         create_topic(cluster, "other")
         yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    return own_cluster
 
 
 def write(path, properties):
@@ -178,16 +174,16 @@ FAILURES = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def turned_away(own_cluster, files, tmp_path_factory):
+def turned_away(cluster, files, tmp_path_factory):
     """Both scripts with each of FAILURES: started all at once before the tests, since they take 30 s to give up.
 
     Yields {failure: [(Script, a Future of the seconds until its end), ...]}.
     """
-    (port,) = own_cluster.ports
+    (port,) = cluster.ports
     started = {}
     with ThreadPoolExecutor(max_workers=2 * len(FAILURES)) as pool:
         for what, (changes, _) in FAILURES.items():
-            config = login(files, "alice") | {"bootstrap.servers": own_cluster.bootstrap_servers} | changes
+            config = login(files, "alice") | {"bootstrap.servers": cluster.bootstrap_servers} | changes
             config["ssl.ca.location"] = files / config["ssl.ca.location"]
             config["bootstrap.servers"] = config["bootstrap.servers"].format(port=port)
             started[what] = []
