@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import kafka
+import psutil
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -101,6 +102,14 @@ class Script:
     def wait_for_lines(self, count, limit=20):
         wait_until(lambda: len(self.lines) >= count, f"{count} lines of {self!r}", limit)
         return self.lines
+
+    def wait_for_library(self):
+        """Waits until it begins to connect, or has ended: the start of Python takes long on a busy machine."""
+        wait_until(
+            lambda: self.process.poll() is not None or psutil.Process(self.process.pid).num_threads() > 1,
+            f"librdkafka's threads in {self!r}",
+            limit=60,
+        )
 
     def wait_for_stderr(self, text, limit=20):
         wait_until(lambda: text in self.stderr, f"{text!r} on stderr of {self!r}", limit)

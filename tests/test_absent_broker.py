@@ -15,8 +15,8 @@ def test_nobody_there(scripts):
     address = f"localhost:{free_port()}"
     pair = scripts.producer(servers=address), scripts.consumer(servers=address)
     for script in pair:
-        # 3 seconds, and the start of Python on a busy machine.
-        script.wait_for_stderr("docker compose up", limit=4)
+        script.wait_for_library()
+        script.wait_for_stderr("docker compose up", limit=3)
         problem, hint = script.stderr.splitlines()[-2:]
         assert problem.startswith(f"Can't connect: {address}/")
         assert problem.endswith("Connection refused")
@@ -106,8 +106,8 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
         given = f"127.0.0.1:{port}"
         pair = scripts.producer("-t", topic, servers=given), scripts.consumer("-t", topic, servers=given)
         for script in pair:
-            # 3 seconds, and the start of Python on a busy machine.
-            script.wait_for_stderr("advertised.listeners", limit=4)
+            script.wait_for_library()
+            script.wait_for_stderr("advertised.listeners", limit=3)
             problem, hint = script.stderr[script.stderr.index("Can't connect") :].splitlines()[:2]
             assert problem.startswith(f"Can't connect: {wrong}/1: ")
             assert hint.startswith(f"{given} gave this address itself (advertised.listeners)")
