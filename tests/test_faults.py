@@ -30,7 +30,7 @@ def assert_only_outages(producer):
 
 
 def kill_in_the_middle(scripts, cluster, topic, moments):
-    """Row 1: returns the producer of 5,000 events, whose broker was killed on the way and started again."""
+    """Returns the producer of 5,000 events, whose broker was killed on the way and started again."""
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))

@@ -32,9 +32,6 @@ def safe_lines(script):
     return lines
 
 
-# Row 10: payloads. tests/test_consumer.py has what each kind of them looks like.
-
-
 def random_event(random, number):
     """An event that begins with its number, with a key and headers that are no text."""
     return {
@@ -86,9 +83,6 @@ def test_times_beyond_the_calendar(scripts, cluster, topic):
         *2 * ["time=9999-12-31T23:59:59.000+00:00"],
         "time=1970-01-01T00:00:00.000+00:00",
     ]
-
-
-# Row 11: what can't be written. The topic that may not be written is in test_security.py.
 
 
 @pytest.mark.parametrize("quiet", [False, True], ids=["", "quiet"])
@@ -180,9 +174,6 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
     assert re.match(rf"kafka_consumer.py: can't read topic {topic}: .*fenced", first.stderr.splitlines()[-1])
     second.wait_for_stderr("Got partitions")
     assert second.end() == 0
-
-
-# Row 15: any text in the configuration, any bytes in the payloads, any numbers in the options.
 
 
 def assert_wrong_call(script):
