@@ -185,6 +185,27 @@ def assert_wrong_call(script):
     assert all(line.startswith(" ") for line in usage[1:])
 
 
+REFUSED = {  # The file's content, None for no file at all, and what the error names.
+    "missing": (None, "No such file"),
+    "unknown property": (b"no.such.property=1", "no.such.property"),
+    "empty value": (b"client.id=", "line 1"),
+    "line without =": (b"client.id=x\nsasl.password secret", "line 2"),
+    "not text": (b"\xff\xfe=1", "client.properties"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), REFUSED.values(), ids=REFUSED)
+def test_configurations_that_are_refused(scripts, topic, content, named):
+    path = scripts.folder / "client.properties"
+    if content is not None:
+        path.write_bytes(content)
+    for script in (scripts.producer("-t", topic, "-F", path), scripts.consumer("-t", topic, "-F", path)):
+        assert script.wait(10) == 2
+        assert_wrong_call(script)
+        assert named in script.stderr.splitlines()[-1]
+        assert "secret" not in script.stderr
+
+
 # Properties that do not make a broker unreachable, which takes 30 seconds to tell.
 PROPERTIES = ["acks", "auto.offset.reset", "batch.size", "client.id", "client.rack", "compression.type", "debug"]
 PROPERTIES += ["default.topic.config", "delivery.timeout.ms", "enable.auto.commit", "enable.idempotence"]
