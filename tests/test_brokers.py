@@ -21,7 +21,6 @@ def wait_for_copies(partitions, *topics):
     wait_until(
         lambda: all(len(partition.isrs) == 3 for topic in topics for partition in partitions(topic)),
         f"three copies of {topics}",
-        limit=60,
     )
 
 
@@ -76,7 +75,7 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
         print(f"{broker.name} killed after {len(producer.lines) - 1} deliveries")
         broker.kill()
         # More than were on their way to the screen: the two that are left have agreed to go on.
-        consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+        consumer.wait_for_lines(len(consumer.lines) + 400)
         broker.start()
     assert producer.end() == 130
     assert_all_printed(scripts, consumer, cluster, topic)
@@ -91,7 +90,7 @@ def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     wait_for_copies(partitions, topic, "__consumer_offsets")
     first, second, _ = cluster.brokers
     first.stop()
-    consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+    consumer.wait_for_lines(len(consumer.lines) + 400)
     second.stop()
     wait_until(lambda: len(partitions(topic)[0].isrs) == 1, "the end of two copies")
     delivered = len(producer.lines)
@@ -100,6 +99,6 @@ def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     assert len(producer.lines) == delivered
     assert producer.process.poll() is None
     first.start()
-    consumer.wait_for_lines(delivered + 1000, limit=40)
+    consumer.wait_for_lines(delivered + 1000)
     assert producer.end() == 130
     assert_all_printed(scripts, consumer, cluster, topic)

@@ -58,7 +58,7 @@ def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, mom
         print(f"broker killed after {len(consumer.lines)} events")
         assert len(consumer.lines) < len(values), "killed too late"
         bring_back(cluster)
-    consumer.wait_for_lines(len(values), limit=60)
+    consumer.wait_for_lines(len(values))
     assert consumer.end() == 0
     print(f"{len(consumer.lines) - len(values)} printed twice")
     assert consumer.lines == values
