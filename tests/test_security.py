@@ -1,8 +1,6 @@
 """TLS, passwords and rights, on a broker that asks for them; all that a client needs is in its --config file."""
 
-import contextlib
 import re
-import subprocess
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +24,8 @@ from cryptography.hazmat.primitives import serialization
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="another cluster is given")
 
-# Seconds within which each failure ends: half a minute, and the end of Python on a busy machine.
-LIMIT = 35
+# Seconds within which each failure ends: half a minute, and the end of Python.
+LIMIT = 32
 
 
 def password():
@@ -135,11 +133,10 @@ def assert_no_password(script):
 
 
 def assert_failed(script, seconds, expected):
-    """The script ended in time, with status 1 and a line that matches `expected`, and told no password."""
-    assert script.wait(0) == 1
+    """The script has ended with status 1 and a line that matches `expected`, and told no password."""
+    assert script.wait() == 1
     assert "%" not in script.stderr, "a log line of librdkafka"
-    print(f"{script.name} ended after at most {seconds:.1f} s: {script.stderr}")
-    assert seconds < LIMIT
+    print(f"{script.name} ended after {seconds:.1f} s: {script.stderr}")
     assert script.stderr.splitlines()[-1].startswith((f"kafka_{script.name}.py: ", "Failed to deliver"))
     assert re.search(expected, script.stderr), script.stderr
     assert_no_password(script)
@@ -148,8 +145,7 @@ def assert_failed(script, seconds, expected):
 def seconds_until_end(script):
     script.wait_for_library()
     started = time.monotonic()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        script.process.wait(LIMIT)
+    wait_until(lambda: script.process.poll() is not None, ["the end of", script], LIMIT)
     return time.monotonic() - started
 
 
