@@ -31,7 +31,6 @@ EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
 MARK = f"test-{uuid.uuid4().hex[:8]}"
 
-
 # Seconds after which a test gives up waiting, on a machine however busy; where less is promised, a test says so.
 LIMIT = 60
 INTERVAL = 0.02  # Seconds from one look to the next.
@@ -265,7 +264,7 @@ def create_topic(cluster, topic, partitions=1, **config):
     """Creates a topic and waits for it; config: {"min.insync.replicas": "2"}."""
     admin = AdminClient(cluster.client_config)
     replicas = config.pop("replicas", 1)
-    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(20)
+    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
     wait_until(
         lambda: len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions, f"topic {topic}"
     )
@@ -279,7 +278,7 @@ def produce(cluster, topic, events, **config):
         arguments = event if isinstance(event, dict) else {"value": event}
         producer.produce(topic, on_delivery=lambda error, _: error and errors.append(error), **arguments)
         producer.poll(0)
-    assert producer.flush(30) == 0, "not delivered within 30 s"
+    assert producer.flush(LIMIT) == 0, f"not delivered within {LIMIT} s"
     assert not errors, errors
 
 
@@ -292,9 +291,9 @@ def read_topic(cluster, topic, partitions=1, **config):
             consumer.assign([partition])
             consumer.seek_to_beginning(partition)
             end = consumer.end_offsets([partition])[partition]
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + LIMIT
             while consumer.position(partition) < end:
-                assert time.monotonic() < deadline, f"waited 60 s for {end} events of {topic}"
+                assert time.monotonic() < deadline, f"waited {LIMIT} s for {end} events of {topic}"
                 records += consumer.poll(1000).get(partition, [])
         return records
     finally:
