@@ -1,6 +1,7 @@
 """What the tests share: a real cluster, topics of their own, scripts as processes, and another client to read back."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import kafka
+import psutil
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -24,22 +26,34 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
-# A cluster that is already up, for the tests that do not have to break it.
+# A cluster that is in use, for the tests that leave it as it is.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
 MARK = f"test-{uuid.uuid4().hex[:8]}"
 
+# Seconds after which a test gives up waiting, on a machine however busy; where less is promised, a test says so.
+LIMIT = 60
+INTERVAL = 0.02  # Seconds from one look to the next.
+# The files that take longest, the longest first: whichever came last would keep one worker busy after all others.
+LONGEST = ["test_readme", "test_local_cluster", "test_consumer_faults", "test_faults", "test_brokers"]
 
-def wait_until(condition, what, limit=20):
-    """Returns the first true value of condition(), or fails after `limit` seconds and says what it waited for."""
-    deadline = time.monotonic() + limit
-    while True:
+
+def pytest_collection_modifyitems(items):
+    """Called by pytest with the tests in the order in which they are to run."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+
+
+def wait_until(condition, what, limit=LIMIT):
+    """Returns the first true value of condition(), or fails after `limit` seconds and says what it waited for.
+
+    what: any object, shown as it is then. A busy machine delays this loop too, and so gives more time.
+    """
+    for _ in range(round(limit / INTERVAL) + 1):
         value = condition()
         if value:
             return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {limit} s for {what}")
-        time.sleep(0.02)
+        time.sleep(INTERVAL)
+    pytest.fail(f"waited {limit} s for {what}")
 
 
 class Script:
@@ -77,9 +91,9 @@ class Script:
         """The whole lines on standard output so far."""
         return self.stdout.split("\n")[:-1]
 
-    def wait(self, limit=30):
+    def wait(self, limit=LIMIT):
         """Returns the exit status."""
-        wait_until(lambda: self.process.poll() is not None, f"the end of {self!r}", limit)
+        wait_until(lambda: self.process.poll() is not None, ["the end of", self], limit)
         assert "Traceback" not in self.stderr, self.stderr
         return self.process.returncode
 
@@ -88,12 +102,20 @@ class Script:
         self.process.send_signal(signum)
         return self.wait(limit)
 
-    def wait_for_lines(self, count, limit=20):
-        wait_until(lambda: len(self.lines) >= count, f"{count} lines of {self!r}", limit)
+    def wait_for_lines(self, count, limit=LIMIT):
+        # Only counted, since to take all lines apart again and again would keep a core busy.
+        wait_until(lambda: self.stdout_file.read_bytes().count(b"\n") >= count, [f"{count} lines of", self], limit)
         return self.lines
 
-    def wait_for_stderr(self, text, limit=20):
-        wait_until(lambda: text in self.stderr, f"{text!r} on stderr of {self!r}", limit)
+    def wait_for_library(self):
+        """Waits until it begins to connect, or has ended: the start of Python takes long on a busy machine."""
+        wait_until(
+            lambda: self.process.poll() is not None or psutil.Process(self.process.pid).num_threads() > 1,
+            ["librdkafka's threads in", self],
+        )
+
+    def wait_for_stderr(self, text, limit=LIMIT):
+        wait_until(lambda: text in self.stderr, [text, "on stderr of", self], limit)
 
     def __repr__(self):
         return f"{self.name} (stderr so far: {self.stderr!r})"
@@ -124,20 +146,6 @@ def scripts(tmp_path, cluster):
             script.process.wait()
 
 
-@pytest.fixture(scope="session")
-def session_cluster():
-    """The cluster that most tests share; nothing here may break it."""
-    if EXTERNAL:
-        cluster = SimpleNamespace(
-            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
-        )
-        yield cluster
-        delete_topics_and_groups(cluster, MARK)
-        return
-    with new_cluster() as cluster:
-        yield cluster
-
-
 def delete_topics_and_groups(cluster, mark):
     """Deletes the topics and groups whose names begin with the mark, and waits until they are gone."""
     admin = AdminClient(cluster.client_config)
@@ -154,13 +162,7 @@ def delete_topics_and_groups(cluster, mark):
             wish.exception(10)  # Refused while a consumer that was killed still counts as a member, up to 45 seconds.
         return wishes
 
-    wait_until(lambda: not delete(), f"the end of topics and groups {mark}...", limit=60)
-
-
-@pytest.fixture
-def cluster(session_cluster):
-    """The cluster of this test. Test files that break theirs override this fixture."""
-    return session_cluster
+    wait_until(lambda: not delete(), f"the end of topics and groups {mark}...")
 
 
 def copy_with_free_ports(compose_file, folder):
@@ -192,11 +194,51 @@ def new_cluster(compose_file=COMPOSE_FILE, **options):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def own_cluster():
-    """A cluster for the tests of one file, which may break it: they override `cluster` to return this one."""
+@pytest.fixture(scope="session")
+def shared_cluster():
+    """The cluster of the tests that leave it as it is."""
+    if EXTERNAL:
+        cluster = SimpleNamespace(
+            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
+        )
+        yield cluster
+        delete_topics_and_groups(cluster, MARK)
+        return
     with new_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def breakable_cluster():
+    """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
+    # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
+    settings = {"zookeeper.session.timeout.ms": "4000"}
+    with contextlib.ExitStack() as clusters:
+
+        @functools.cache
+        def start(*compose_file):
+            return clusters.enter_context(new_cluster(*compose_file, settings=settings))
+
+        yield start
+
+
+@pytest.fixture
+def cluster(request):
+    """The cluster of this test.
+
+    Tests share one and leave it as it is, but for topics and groups of their own. Those that are marked with
+    breaks_cluster, or breaks_cluster(compose_file), share another, and may stop, kill and pause what they like; what is
+    down after a test is started again. "Share" means the tests of one test process: each xdist worker has its own.
+    """
+    breaks = request.node.get_closest_marker("breaks_cluster")
+    if not breaks:
+        yield request.getfixturevalue("shared_cluster")
+    elif EXTERNAL:
+        pytest.skip("it would break the cluster that is in use")
+    else:
+        cluster = request.getfixturevalue("breakable_cluster")(*breaks.args)
+        yield cluster
+        cluster.up()
 
 
 @pytest.fixture
@@ -222,7 +264,7 @@ def create_topic(cluster, topic, partitions=1, **config):
     """Creates a topic and waits for it; config: {"min.insync.replicas": "2"}."""
     admin = AdminClient(cluster.client_config)
     replicas = config.pop("replicas", 1)
-    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(20)
+    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
     wait_until(
         lambda: len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions, f"topic {topic}"
     )
@@ -236,7 +278,7 @@ def produce(cluster, topic, events, **config):
         arguments = event if isinstance(event, dict) else {"value": event}
         producer.produce(topic, on_delivery=lambda error, _: error and errors.append(error), **arguments)
         producer.poll(0)
-    assert producer.flush(30) == 0, "not delivered within 30 s"
+    assert producer.flush(LIMIT) == 0, f"not delivered within {LIMIT} s"
     assert not errors, errors
 
 
@@ -249,9 +291,9 @@ def read_topic(cluster, topic, partitions=1, **config):
             consumer.assign([partition])
             consumer.seek_to_beginning(partition)
             end = consumer.end_offsets([partition])[partition]
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + LIMIT
             while consumer.position(partition) < end:
-                assert time.monotonic() < deadline, f"waited 60 s for {end} events of {topic}"
+                assert time.monotonic() < deadline, f"waited {LIMIT} s for {end} events of {topic}"
                 records += consumer.poll(1000).get(partition, [])
         return records
     finally:
@@ -277,7 +319,7 @@ def press_again(script, signum):
             script.process.send_signal(signum)
         return script.process.poll() is not None
 
-    wait_until(ended, f"the end of {script!r}", limit=2)
+    wait_until(ended, ["the end of", script], limit=2)
     return script.process.returncode
 
 

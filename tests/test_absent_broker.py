@@ -3,16 +3,11 @@
 import signal
 
 import pytest
-from conftest import EXTERNAL, numbered, press_again, produce, read_topic, wait_until
+from conftest import numbered, press_again, produce, read_topic, wait_until
 from faults import logged
 from local_cluster import free_port
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests stop their cluster")
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    return own_cluster
+pytestmark = pytest.mark.breaks_cluster
 
 
 def test_nobody_there(scripts):
@@ -20,8 +15,8 @@ def test_nobody_there(scripts):
     address = f"localhost:{free_port()}"
     pair = scripts.producer(servers=address), scripts.consumer(servers=address)
     for script in pair:
-        # 3 seconds, and the start of Python on a busy machine.
-        script.wait_for_stderr("docker compose up", limit=4)
+        script.wait_for_library()
+        script.wait_for_stderr("docker compose up", limit=3)
         problem, hint = script.stderr.splitlines()[-2:]
         assert problem.startswith(f"Can't connect: {address}/")
         assert problem.endswith("Connection refused")
@@ -111,8 +106,8 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
         given = f"127.0.0.1:{port}"
         pair = scripts.producer("-t", topic, servers=given), scripts.consumer("-t", topic, servers=given)
         for script in pair:
-            # 3 seconds, and the start of Python on a busy machine.
-            script.wait_for_stderr("advertised.listeners", limit=4)
+            script.wait_for_library()
+            script.wait_for_stderr("advertised.listeners", limit=3)
             problem, hint = script.stderr[script.stderr.index("Can't connect") :].splitlines()[:2]
             assert problem.startswith(f"Can't connect: {wrong}/1: ")
             assert hint.startswith(f"{given} gave this address itself (advertised.listeners)")

@@ -4,22 +4,10 @@ import time
 
 import pytest
 from confluent_kafka.admin import AdminClient
-from conftest import EXTERNAL, THREE_BROKERS, create_topic, new_cluster, wait_until
-from faults import SAME_PEOPLE, assert_all_there_once, bring_back, logged, order_of_people, random_moments, stored
+from conftest import THREE_BROKERS, create_topic, wait_until
+from faults import SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(THREE_BROKERS) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster(THREE_BROKERS)
 
 
 @pytest.fixture
@@ -33,7 +21,6 @@ def wait_for_copies(partitions, *topics):
     wait_until(
         lambda: all(len(partition.isrs) == 3 for topic in topics for partition in partitions(topic)),
         f"three copies of {topics}",
-        limit=60,
     )
 
 
@@ -88,7 +75,7 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
         print(f"{broker.name} killed after {len(producer.lines) - 1} deliveries")
         broker.kill()
         # More than were on their way to the screen: the two that are left have agreed to go on.
-        consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+        consumer.wait_for_lines(len(consumer.lines) + 400)
         broker.start()
     assert producer.end() == 130
     assert_all_printed(scripts, consumer, cluster, topic)
@@ -103,7 +90,7 @@ def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     wait_for_copies(partitions, topic, "__consumer_offsets")
     first, second, _ = cluster.brokers
     first.stop()
-    consumer.wait_for_lines(len(consumer.lines) + 400, limit=40)
+    consumer.wait_for_lines(len(consumer.lines) + 400)
     second.stop()
     wait_until(lambda: len(partitions(topic)[0].isrs) == 1, "the end of two copies")
     delivered = len(producer.lines)
@@ -112,6 +99,6 @@ def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     assert len(producer.lines) == delivered
     assert producer.process.poll() is None
     first.start()
-    consumer.wait_for_lines(delivered + 1000, limit=40)
+    consumer.wait_for_lines(delivered + 1000)
     assert producer.end() == 130
     assert_all_printed(scripts, consumer, cluster, topic)

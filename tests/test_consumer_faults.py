@@ -1,26 +1,12 @@
-"""Consumers die, stop, and lose their broker: everything is printed, and twice only what a killed one printed."""
+"""Consumers die and lose their broker: everything is printed, and twice only what a killed one printed."""
 
-import signal
-import subprocess
 import time
 
 import pytest
-from conftest import EXTERNAL, committed, create_topic, new_cluster, numbered, produce, read_topic, wait_until
-from faults import QUICK_RETURN, bring_back, logged, random_moments, stored
+from conftest import committed, create_topic, numbered, produce, read_topic, wait_until
+from faults import bring_back, logged, random_moments, stored
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(settings=QUICK_RETURN) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster
 
 
 @pytest.fixture
@@ -58,26 +44,6 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     assert twice == 0 or age < 5 + 1
 
 
-def test_consumer_stopped_ten_times(scripts, cluster, topic, group, moments):
-    """By Ctrl-C and by SIGTERM in turn, while a program reads its output slowly."""
-    values = numbered(100_000)
-    produce(cluster, topic, values)
-    output = b""
-    for number in range(10):
-        consumer = scripts.consumer("-t", topic, "-G", group, stdout=subprocess.PIPE)
-        part = consumer.process.stdout.read(moments.randint(1, 60_000))
-        signum = (signal.SIGINT, signal.SIGTERM)[number % 2]
-        consumer.process.send_signal(signum)
-        part += consumer.process.stdout.read()
-        assert consumer.wait(2) == 0
-        print(f"{signal.Signals(signum).name} after {len(part.splitlines())} events")
-        output += part
-    rest = scripts.consumer("-t", topic, "-G", group, "--exit")
-    assert rest.wait() == 0
-    assert rest.lines, "read to the end before the tenth stop"
-    assert output.splitlines() + rest.stdout.encode().splitlines() == values
-
-
 def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, moments):
     """At full speed, with the settings as they are: everything is printed, and nothing twice."""
     create_topic(cluster, topic)
@@ -92,7 +58,7 @@ def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, mom
         print(f"broker killed after {len(consumer.lines)} events")
         assert len(consumer.lines) < len(values), "killed too late"
         bring_back(cluster)
-    consumer.wait_for_lines(len(values), limit=60)
+    consumer.wait_for_lines(len(values))
     assert consumer.end() == 0
     print(f"{len(consumer.lines) - len(values)} printed twice")
     assert consumer.lines == values

@@ -3,9 +3,8 @@
 import time
 
 import pytest
-from conftest import EXTERNAL, create_topic, new_cluster, wait_until
+from conftest import create_topic, wait_until
 from faults import (
-    QUICK_RETURN,
     SAME_PEOPLE,
     assert_all_there_once,
     bring_back,
@@ -15,19 +14,7 @@ from faults import (
     stored,
 )
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-
-
-@pytest.fixture(scope="module")
-def own_cluster():
-    with new_cluster(settings=QUICK_RETURN) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def cluster(own_cluster):
-    yield own_cluster
-    bring_back(own_cluster)
+pytestmark = pytest.mark.breaks_cluster
 
 
 @pytest.fixture
@@ -43,7 +30,7 @@ def assert_only_outages(producer):
 
 
 def kill_in_the_middle(scripts, cluster, topic, moments):
-    """Row 1: returns the producer of 5,000 events, whose broker was killed on the way and started again."""
+    """Returns the producer of 5,000 events, whose broker was killed on the way and started again."""
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, *SAME_PEOPLE)
     producer.wait_for_lines(2)
     time.sleep(moments.uniform(0, 0.15))

@@ -32,9 +32,6 @@ def safe_lines(script):
     return lines
 
 
-# Row 10: payloads. tests/test_consumer.py has what each kind of them looks like.
-
-
 def random_event(random, number):
     """An event that begins with its number, with a key and headers that are no text."""
     return {
@@ -79,9 +76,6 @@ def test_times_beyond_the_calendar(scripts, cluster, topic):
     consumer = scripts.consumer("-t", topic, "-e", "-v", "--from-offset", "beginning")
     assert consumer.wait() == 0
     assert [line.split()[2] for line in safe_lines(consumer)] == [f"timestamp={time}" for time in times]
-
-
-# Row 11: what can't be written. The topic that may not be written is in test_security.py.
 
 
 @pytest.mark.parametrize("quiet", [False, True], ids=["", "quiet"])
@@ -175,9 +169,6 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
     assert second.end() == 0
 
 
-# Row 15: any text in the configuration, any bytes in the payloads, any numbers in the options.
-
-
 def assert_wrong_call(script):
     """A line that says what is wrong; before it there may be how to call the script."""
     assert script.stdout == ""
@@ -185,6 +176,27 @@ def assert_wrong_call(script):
     assert error.startswith(f"kafka_{script.name}.py: ")
     assert not usage or usage[0].startswith("usage: ")
     assert all(line.startswith(" ") for line in usage[1:])
+
+
+REFUSED = {  # The file's content, None for no file at all, and what the error names.
+    "missing": (None, "No such file"),
+    "unknown property": (b"no.such.property=1", "no.such.property"),
+    "empty value": (b"client.id=", "line 1"),
+    "line without =": (b"client.id=x\nsasl.password secret", "line 2"),
+    "not text": (b"\xff\xfe=1", "client.properties"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), REFUSED.values(), ids=REFUSED)
+def test_configurations_that_are_refused(scripts, topic, content, named):
+    path = scripts.folder / "client.properties"
+    if content is not None:
+        path.write_bytes(content)
+    for script in (scripts.producer("-t", topic, "-F", path), scripts.consumer("-t", topic, "-F", path)):
+        assert script.wait(10) == 2
+        assert_wrong_call(script)
+        assert named in script.stderr.splitlines()[-1]
+        assert "secret" not in script.stderr
 
 
 # Properties that do not make a broker unreachable, which takes 30 seconds to tell.

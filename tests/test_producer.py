@@ -79,36 +79,21 @@ WRONG_CALLS = {
     "negative interval": (["-i", "-1"], "--interval -1"),
     "endless interval": (["-i", "inf"], "inf"),
     "no interval": (["-i", "nan"], "nan"),
-    "missing config": (["-F", "no-such-file"], "no-such-file"),
-    "config is a folder": (["-F", "."], "directory"),
-    "unknown property": (["-F", "unknown.properties"], "no.such.property"),
     "bad value": (["-F", "value.properties"], "acks"),
     "contradiction": (["-F", "contradiction.properties"], "acks"),
-    "line without =": (["-F", "line.properties"], "line 2"),
-    "not text": (["-F", "bytes.properties"], "bytes.properties"),
-    "empty value": (["-F", "empty.properties"], "line 1"),
-    "no topic": (["-t", "a b"], "'a b'"),
 }
 
 
 @pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_wrong_calls(scripts, cluster, topic, options, named):
     create_topic(cluster, topic)
-    for name, text in {
-        "unknown": b"no.such.property=1",
-        "value": b"acks=some",
-        "contradiction": b"acks=0",
-        "line": b"acks=all\nsasl.password secret",
-        "bytes": b"\xff\xfe=1",
-        "empty": b"client.id=",
-    }.items():
-        (scripts.folder / f"{name}.properties").write_bytes(text)
+    (scripts.folder / "value.properties").write_text("acks=some")
+    (scripts.folder / "contradiction.properties").write_text("acks=0")
     producer = scripts.producer("-t", topic, *options)
     assert producer.wait() == 2
     assert producer.stdout == ""
     assert producer.stderr.splitlines()[-1].startswith("kafka_producer.py: ")
     assert named in producer.stderr.splitlines()[-1]
-    assert "secret" not in producer.stderr
     assert read_topic(cluster, topic) == []
 
 

@@ -7,21 +7,11 @@ import time
 import kafka
 import psutil
 import pytest
-from conftest import EXTERNAL, create_topic, new_cluster
+from conftest import create_topic
 from faults import bring_back
 
-pytestmark = [
-    pytest.mark.skipif(bool(EXTERNAL), reason="this test breaks its cluster"),
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-]
+pytestmark = [pytest.mark.breaks_cluster, pytest.mark.long, pytest.mark.timeout(900)]
 COUNT = 1_000_000
-
-
-@pytest.fixture
-def cluster():
-    with new_cluster() as cluster:
-        yield cluster
 
 
 def newlines(file, start):
