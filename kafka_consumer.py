@@ -24,60 +24,60 @@ from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, 
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",
-    "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin with the oldest.
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if that event was deleted, take the oldest left.
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "fetch.queue.backoff.ms": 10,  # When enough is read ahead, pause for 10 ms. The usual second is slow.
 }
 # main() relies on these, so --config can't change them.
 FIXED = {
-    # To store an offset is to note it in memory. By default the library does so before we have handled the event.
+    # How far we are is saved in two steps. Storing: main() notes in memory that it is done with an event.
     "enable.auto.offset.store": False,
-    # To commit is to send the stored offsets to Kafka: every five seconds, and in close(). Not with --from-offset.
+    # Committing: the library sends what is stored to Kafka, every five seconds and in close(). Not with --from-offset.
     "enable.auto.commit": True,
-    "enable.partition.eof": True,  # At the end of a partition poll() returns a message with an error; for --exit.
+    "enable.partition.eof": True,  # At the end of a partition poll() returns a message with an error. For --exit.
 }
 
 
 def main():
     args = parse_arguments()
-    news = News()
-    stop = Stop(args.max_messages, args.exit, news)
+    callbacks = Callbacks()
+    stop = Stop(args.max_messages, args.exit, callbacks)
+    hooks = {"on_commit": callbacks.on_commit, "error_cb": callbacks.on_error, "logger": callbacks}
     try:
-        consumer = Consumer(args.settings | {"on_commit": news.on_commit, "error_cb": news.on_error, "logger": news})
+        consumer = Consumer(args.settings | hooks)
     except Exception as error:
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
-    tell(f"Available topics to consume: {', '.join(available_topics(consumer, args.topic)) or 'none yet'}")
+    tell(f"Available topics to consume: {', '.join(available_topics(consumer)) or 'none yet'}")
 
-    exit_status = 0
+    failed = False
     try:
-        if args.exit:
-            find_partitions(consumer, args.topic)  # Waits for the topic, but not for long.
+        topic = find_topic(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
         if args.from_offset is None:
             # Joins the group. From now on poll() calls on_assign() and on_revoke() in each rebalance.
-            consumer.subscribe([args.topic], on_assign=news.on_assign, on_revoke=news.on_revoke)
+            consumer.subscribe([args.topic], on_assign=callbacks.on_assign, on_revoke=callbacks.on_revoke)
         else:
-            read_without_group(consumer, args.topic, args.from_offset, news)
+            read_without_group(consumer, topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
         while not stop.is_due():
             message = consumer.poll(0.5)
             if message is None:  # No event within half a second.
                 continue
-            if message.error():
+            if message.error():  # The end of a partition, or a problem. Raises KafkaException if that does not pass.
                 stop.on_error(message)
                 continue
             process(message, args.verbose)
-            # Only now. If the program is killed, events since the last commit come again: each comes at least once.
+            # Only after processing. If the program is killed, events since the last commit come again: at least once.
             consumer.store_offsets(message)
             stop.printed += 1
         tell(f"Printed {stop.printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
-        exit_status = 1
+        failed = True
     finally:
-        end_within(8)
+        end_within(8)  # Else close() waits for a broker that is away, for up to 45 seconds.
         consumer.close()  # Commits the stored offsets and leaves the group.
-    sys.exit(1 if news.commit_failed else exit_status)
+    sys.exit(1 if failed or callbacks.commit_failed else 0)
 
 
 def process(message, verbose):
@@ -93,8 +93,8 @@ def process(message, verbose):
     print(line, flush=True)
 
 
-class News:
-    """What the library tells us. It calls these methods in poll() and close().
+class Callbacks:
+    """What the library calls in poll() and close().
 
     partitions: the numbers of the partitions that this consumer has.
     unread: the numbers of those whose end it has not reached.
@@ -104,30 +104,28 @@ class News:
     def __init__(self):
         self.partitions = set()
         self.unread = set()
+        self.told = None
         self.changed_at = math.inf
         self.commit_failed = False
         self.silent_until = 0
 
     def on_assign(self, _, partitions):
-        """A rebalance gives this consumer partitions. It will read each from its committed offset on."""
+        """A rebalance gives this consumer partitions. It reads each from its committed offset on."""
         numbers = {partition.partition for partition in partitions}
         self.partitions |= numbers
         self.unread |= numbers
-        if numbers or not self.partitions:
-            self.tell_partitions()
+        self.changed_at = time.monotonic()
+        text = ", ".join(str(number) for number in sorted(self.partitions))
+        if text != self.told:
+            tell(f"Got partitions: {text or 'none; other members of the group have the rest'}")
+            self.told = text
 
     def on_revoke(self, _, partitions):
         """A rebalance takes partitions away, perhaps to give them back in a moment."""
         numbers = {partition.partition for partition in partitions}
         self.partitions -= numbers
         self.unread -= numbers
-        if self.partitions:
-            self.tell_partitions()
-
-    def tell_partitions(self):
         self.changed_at = time.monotonic()
-        numbers = ", ".join(str(number) for number in sorted(self.partitions))
-        tell(f"Got partitions: {numbers or 'none; other members of the group have the rest'}")
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -137,7 +135,7 @@ class News:
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
 
     def on_error(self, error):
-        """A connection has failed. The library will try again. Told every ten seconds."""
+        """A connection has failed. The library tries again. Told once in ten seconds."""
         if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
             self.silent_until = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
@@ -150,7 +148,7 @@ class News:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = "Is Kafka running (docker compose up -d --wait)? If this is not the address you gave: advertised.listeners."
+HINT = "Is Kafka running (docker compose up -d --wait)? If you gave another address, see advertised.listeners."
 
 
 class Stop:
@@ -159,10 +157,10 @@ class Stop:
     printed: how many events were printed.
     """
 
-    def __init__(self, max_messages, at_end, news):
+    def __init__(self, max_messages, at_end, callbacks):
         self.max_messages = max_messages
         self.at_end = at_end
-        self.news = news
+        self.callbacks = callbacks
         self.printed = 0
         self.requested = False
 
@@ -174,20 +172,20 @@ class Stop:
     def is_due(self):
         if self.requested or self.printed >= self.max_messages:
             return True
-        if self.news.partitions:
-            return not self.news.unread
+        if self.callbacks.partitions:
+            return not self.callbacks.unread
         # Without partitions for ten seconds: other members of the group have them all.
-        return self.at_end and time.monotonic() > self.news.changed_at + 10
+        return self.at_end and time.monotonic() > self.callbacks.changed_at + 10
 
     def on_error(self, message):
-        """Notes the end of a partition, tells errors that pass by themselves, raises KafkaException for others."""
+        """Notes the end of a partition, prints an error that passes by itself, raises KafkaException for others."""
         error = message.error()
         if error.code() in LASTING_ERRORS:
             raise KafkaException(error)
         if error.code() != KafkaError._PARTITION_EOF:
             tell(error.str())
         elif self.at_end:
-            self.news.unread.discard(message.partition())
+            self.callbacks.unread.discard(message.partition())
 
 
 LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
@@ -205,34 +203,31 @@ def wrong_call(error):
     sys.exit(2)
 
 
-def available_topics(consumer, topic):
+def available_topics(consumer):
     """Returns the names of all topics; ends the program when no broker answers for 30 seconds."""
     for seconds in (1, 2, 4, 8, 15):
         try:
-            names = sorted(consumer.list_topics(timeout=seconds).topics)
-            consumer.list_topics(topic, timeout=seconds)  # Makes the library look out for it if it does not exist yet.
-            return names
+            return sorted(consumer.list_topics(timeout=seconds).topics)
         except KafkaException:
             consumer.poll(0)  # Calls error_cb.
     sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
 
 
-def find_partitions(consumer, topic):
-    """Returns the numbers of a topic's partitions; raises KafkaException if it is not there after some seconds."""
-    for seconds in (0.2, 0.5, 1, 2, 4):
-        found = consumer.list_topics(topic, timeout=30).topics[topic]
-        if found.error is None:
-            return list(found.partitions)
+def find_topic(consumer, topic, must_exist):
+    """Returns what is known of a topic, as TopicMetadata; raises KafkaException if it must exist and does not."""
+    for seconds in (0.5, 0.5, 1, 2, 4):
+        found = consumer.list_topics(topic, timeout=30).topics[topic]  # Also has the library look out for a new topic.
+        if found.error is None or not must_exist:
+            return found
         time.sleep(seconds)  # A broker that has just started may not know its topics yet.
     raise KafkaException(found.error)
 
 
-def read_without_group(consumer, topic, offset, news):
-    """Begins to read all partitions at an offset."""
-    numbers = find_partitions(consumer, topic)
-    news.partitions.update(numbers)
-    news.unread.update(numbers)
-    consumer.assign([TopicPartition(topic, number, offset) for number in numbers])
+def read_without_group(consumer, topic, offset, callbacks):
+    """Begins to read all partitions of a topic, a TopicMetadata, at an offset."""
+    callbacks.partitions.update(topic.partitions)
+    callbacks.unread.update(topic.partitions)
+    consumer.assign([TopicPartition(topic.topic, number, offset) for number in topic.partitions])
 
 
 def handle_signals(handler):

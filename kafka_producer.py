@@ -18,7 +18,7 @@ from faker import Faker
 
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic. It keeps its events in order, and replicas of it (copies) are on other brokers.
+# A partition is a part of a topic. It keeps its events in order. Other brokers may have replicas of it: copies.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key decides on the partition: events with the same key go to the same one, and so they stay in order.
 
@@ -26,14 +26,15 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # When a confirmation is lost the library sends the event again. With this the topic has it once, and in order.
+    # When a confirmation is lost, the library sends the event again. Idempotence makes the broker recognise the
+    # repetition, so that the topic has the event once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "log_level": 2,  # No log on the terminal: the code below reports what goes wrong.
 }
-MAX_UNCONFIRMED = 10_000  # Pause when so many events are unconfirmed. They are lost if the program is killed.
+MAX_UNCONFIRMED = 10_000  # Pause when this many events are unconfirmed: they are lost if the program is killed.
 
 
 def main():
@@ -53,17 +54,17 @@ def main():
     sent = 0
     try:
         while sent < args.count and report.exit_status == 0:  # It is not 0 after a failure or Ctrl-C.
-            due = start + sent * args.interval
-            if time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED:
-                # Waits up to 10 ms, and calls on_delivery() for delivery reports that have come.
-                producer.poll(0.01)
+            too_early = time.monotonic() < start + sent * args.interval
+            too_many = len(producer) >= MAX_UNCONFIRMED
+            if too_early or too_many:
+                producer.poll(0.01)  # Waits up to 10 ms, and calls on_delivery() for the reports that come meanwhile.
                 continue
             event = registration(fake)
             key = str(event["user_id"])
             value = json.dumps(event, ensure_ascii=False)
             # Puts the event into a queue and returns at once. A thread of the library sends what is in the queue.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-            producer.poll(0)  # Without waiting: at full speed the poll() above is never reached.
+            producer.poll(0)  # Calls on_delivery() for the reports that have come, without waiting for more.
             sent += 1
     except KafkaException as error:
         report.fail(f"kafka_producer.py: can't write to topic {args.topic}: {error.args[0].str()}")
@@ -117,7 +118,7 @@ class Report:
         write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log, self.fail)
 
     def on_error(self, error):
-        """Called in poll() and flush() when a connection fails. The library will try again. Told every ten seconds."""
+        """Called in poll() and flush() when a connection fails. The library tries again. Told once in ten seconds."""
         if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
             self.silent_until = time.monotonic() + 10
             print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
@@ -133,7 +134,7 @@ class Report:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = "Is Kafka running (docker compose up -d --wait)? If this is not the address you gave: advertised.listeners."
+HINT = "Is Kafka running (docker compose up -d --wait)? If you gave another address, see advertised.listeners."
 
 
 def write_line(line, file, fail):
