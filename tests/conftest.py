@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import kafka
 import psutil
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from local_cluster import COMPOSE_FILE, DATA, Cluster, free_port
 
@@ -264,10 +264,14 @@ def create_topic(cluster, topic, partitions=1, **config):
     """Creates a topic and waits for it; config: {"min.insync.replicas": "2"}."""
     admin = AdminClient(cluster.client_config)
     replicas = config.pop("replicas", 1)
-    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
-    wait_until(
-        lambda: len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions, f"topic {topic}"
-    )
+
+    def is_there():
+        # Refused while a broker that was paused finds out that ZooKeeper has given it up.
+        with contextlib.suppress(KafkaException):
+            admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
+        return len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions
+
+    wait_until(is_there, f"topic {topic}")
 
 
 def produce(cluster, topic, events, **config):

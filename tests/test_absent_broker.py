@@ -108,13 +108,14 @@ def test_ctrl_c_of_a_consumer_without_its_broker(scripts, cluster, topic, group,
     broker = cluster.brokers[0]
     getattr(broker, take_away)()
     assert consumer.end(limit=10) == 1
-    assert "Offsets are not committed" in consumer.stderr.splitlines()[-1]
+    assert "The last offsets are not committed" in consumer.stderr.splitlines()[-1]
     if take_away == "pause":
         broker.resume()
     else:
+        # A broker that hangs may find the commit in the old connection when it goes on.
         broker.start()
         cluster.wait_until_ready()
-    assert committed(cluster, topic, group) is None
+        assert committed(cluster, topic, group) is None
 
 
 def test_a_signal_ends_a_consumer_that_closes(scripts, cluster, topic, group):

@@ -169,7 +169,7 @@ FAILURES = {
     "wrong host name": ({"bootstrap.servers": "127.0.0.1:{port}"}, r"certificate verify failed.*\n.* host name"),
     "plaintext to a port for TLS": (
         {"security.protocol": "plaintext"},
-        "With TLS: security.protocol and host name right",
+        "Can't connect: .*\n.* With TLS: ",
     ),
 }
 
@@ -227,7 +227,7 @@ def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
 
 @pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
 def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user, mechanism):
-    config = login(files, user, mechanism) | {"debug": "all", "log_level": "7"}
+    config = login(files, user, mechanism) | {"debug": "all"}
     path = write(scripts.folder / "client.properties", config)
     producer = scripts.producer("-t", topic, "-c", 1, "-F", path)
     assert producer.wait() == 0
