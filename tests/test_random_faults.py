@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their 
 # Of the long tests; the default differs.
 FAULT_SECONDS = os.environ.get("FAULT_SECONDS")
 PARTITIONS = 12
+ROUND = 20  # Seconds of faults at random, until all is mended.
 INTERVAL = 0.005  # Seconds from one event of a producer to the next.
 
 
@@ -131,6 +132,7 @@ def break_and_mend(cluster, clients, moments, seconds, tell):
             tell(f"{client.stderr_file.stem}: {signum.name}, and another {client.name} started")
     for service in broken:
         mend(service)
+    wait_for_health(cluster, clients, tell)
 
 
 def restart_in_turn(cluster, moments, seconds, tell):
@@ -149,19 +151,26 @@ def restart_in_turn(cluster, moments, seconds, tell):
         time.sleep(moments.uniform(0, 2))
 
 
-def finish(cluster, clients, tell):
-    """Lets all clients come to an end on a cluster that is well; returns what is wrong, {what: how often}."""
+def wait_for_health(cluster, clients, tell):
+    """Returns when all brokers answer, and each producer delivers."""
     bring_back(cluster)
     tell("all brokers answer")
-    for client in clients.producers:
-        if client.signum is None:
-            # As soon as it delivers again: a broker that hung keeps it waiting for a minute.
+    for client in clients.running():
+        if client.name == "producer":
             size = size_of(client.log)
+            # A broker that hung keeps it waiting for socket.timeout.ms; and some end by themselves, as finish() tells.
             wait_until(
                 lambda it=client, old=size: size_of(it.log) > old or it.process.poll() is not None,
                 f"an event of {client!r}",
                 limit=120,
             )
+    tell("all producers deliver")
+
+
+def finish(cluster, clients, tell):
+    """Lets all clients come to an end; returns what is wrong, {what: how often}."""
+    for client in clients.running():
+        if client.name == "producer":
             clients.end(client, SIGINT)
     clients.wait_for_ends()
     events = stored(cluster, clients.topic, PARTITIONS)
@@ -266,26 +275,30 @@ def start(clients, producers, consumers):
     for _ in range(consumers):
         clients.start_consumer()
     for client in clients.running():
-        wait_until(lambda it=client: is_at_work(it), f"the start of {client!r}")
+        wait_until(lambda it=client: is_at_work(it), f"the start of {client!r}", limit=60)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("seconds", "session"),
     # The partitions of a consumer that was killed are read on after its session: by default 45 s.
-    [(25, 6000), pytest.param(int(FAULT_SECONDS or 120), 45000, marks=pytest.mark.long)],
+    [(ROUND, 6000), pytest.param(int(FAULT_SECONDS or 120), 45000, marks=pytest.mark.long)],
 )
 def test_random_faults(cluster, clients, tell, request, seconds, session):
     clients.properties.write_text(f"session.timeout.ms={session}\n")
     start(clients, producers=4, consumers=2)
-    break_and_mend(cluster, clients, random_moments(request.node.name), seconds, tell)
+    moments = random_moments(request.node.name)
+    # All is well in between: events that can't be delivered for delivery.timeout.ms, two minutes, fail by design.
+    for _ in range(seconds // ROUND):
+        break_and_mend(cluster, clients, moments, ROUND, tell)
     assert not finish(cluster, clients, tell)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_rolling_restarts(cluster, clients, tell, request):
     """As in an update of the brokers: each one is away for some seconds, again and again."""
     start(clients, producers=4, consumers=1)
     restart_in_turn(cluster, random_moments(request.node.name), int(FAULT_SECONDS or 100), tell)
+    wait_for_health(cluster, clients, tell)
     assert not finish(cluster, clients, tell)
