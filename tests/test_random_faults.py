@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their 
 FAULT_SECONDS = os.environ.get("FAULT_SECONDS")
 PARTITIONS = 12
 ROUND = 20  # Seconds of faults at random, until all is mended.
-INTERVAL = 0.005  # Seconds from one event of a producer to the next.
+INTERVAL = 0.01  # Seconds from one event of a producer to the next.
 
 
 @pytest.fixture
