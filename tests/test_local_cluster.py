@@ -202,6 +202,25 @@ def test_a_killed_broker_is_started_again(topic):
     assert processes_of(folder) == []
 
 
+def test_shared_classes_help_and_are_no_must(tmp_path):
+    cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path)
+    broker, zookeeper = cluster.brokers[0], cluster.zookeeper
+    broker.archive = tmp_path / "none-yet.jsa"
+    zookeeper.archive = tmp_path / "useless.jsa"
+    zookeeper.archive.write_text("no archive")
+    try:
+        cluster.up()
+        # Another program may have been making one at that moment.
+        wait_until(lambda: broker.share_classes() or broker.archive.exists(), "the archive", limit=60)
+        broker.kill()
+        broker.start()
+        cluster.wait_until_ready()
+        assert f"-XX:SharedArchiveFile={broker.archive}" in broker.processes()[1][0].cmdline()
+    finally:
+        for service in cluster.services:
+            service.kill()
+
+
 def test_nothing_is_left_when_the_program_that_uses_it_is_killed(tmp_path):
     copy_with_free_ports(COMPOSE_FILE, tmp_path)
     code = (
