@@ -24,6 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
+KAFKA_4 = ROOT / "tests" / "kafka-4.yaml"
 # A cluster that is already up, for the tests that do not have to break it.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
