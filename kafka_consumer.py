@@ -151,9 +151,7 @@ class Callbacks:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = (
-    "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name right?"
-)
+HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
 
 
 class Stop:

@@ -146,9 +146,7 @@ class Report:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = (
-    "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name right?"
-)
+HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
 
 
 def write_line(line, file, fail):

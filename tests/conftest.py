@@ -26,6 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
+KAFKA_4 = ROOT / "tests" / "kafka-4.yaml"
 # A cluster that is in use, for the tests that leave it as it is.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
@@ -211,8 +212,13 @@ def shared_cluster():
 @pytest.fixture(scope="session")
 def breakable_cluster():
     """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
-    # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
-    settings = {"zookeeper.session.timeout.ms": "4000"}
+    settings = {
+        # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
+        "zookeeper.session.timeout.ms": "4000",
+        # With Kafka 4's group protocol a consumer hears of changes when it asks, every five seconds by default.
+        "group.consumer.min.heartbeat.interval.ms": "200",
+        "group.consumer.heartbeat.interval.ms": "200",
+    }
     with contextlib.ExitStack() as clusters:
 
         @functools.cache
