@@ -17,24 +17,21 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them.
-# A rebalance divides the partitions anew when a consumer joins the group or leaves it.
+# A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",
-    "auto.offset.reset": "earliest",  # Without a committed offset, or if that event was deleted, take the oldest left.
-    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "fetch.queue.backoff.ms": 10,  # When enough is read ahead, pause for 10 ms. The usual second is slow.
-}
-# main() relies on these, so --config can't change them.
+    "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
+}  # MORE_SETTINGS, below the lesson, has those for networks and for speed.
+# How far we are is saved in two steps, which --config can't change:
 FIXED = {
-    # How far we are is saved in two steps. Storing: main() notes in memory that it is done with an event.
+    # 1. Store: main() notes in memory that it is done with an event. The library would do that before it is done.
     "enable.auto.offset.store": False,
-    # Committing: the library sends what is stored to Kafka, every five seconds and in close(). Not with --from-offset.
+    # 2. Commit: every five seconds, and in close(), the library sends these notes to Kafka.
     "enable.auto.commit": True,
-    "enable.partition.eof": True,  # At the end of a partition poll() returns a message with an error. For --exit.
 }
 
 
@@ -42,32 +39,34 @@ def main():
     args = parse_arguments()
     callbacks = Callbacks()
     stop = Stop(args.max_messages, args.exit, callbacks)
-    hooks = {"on_commit": callbacks.on_commit, "error_cb": callbacks.on_error, "logger": callbacks}
+    trouble = Trouble()  # Prints connection errors, and what the library logs.
+    hooks = {"on_commit": callbacks.on_commit, "error_cb": trouble.on_error, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)
     except Exception as error:
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
-    tell(f"Available topics to consume: {', '.join(available_topics(consumer)) or 'none yet'}")
+    topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
+    tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
     failed = False
     try:
-        topic = find_topic(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
         if args.from_offset is None:
             # Joins the group. From now on poll() calls on_assign() and on_revoke() in each rebalance.
             consumer.subscribe([args.topic], on_assign=callbacks.on_assign, on_revoke=callbacks.on_revoke)
         else:
-            read_without_group(consumer, topic, args.from_offset, callbacks)
+            read_without_group(consumer, args.topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
-        while not stop.is_due():
+        while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
+            # A thread of the library reads ahead. poll() hands over one event, and waits for it for half a second.
             message = consumer.poll(0.5)
-            if message is None:  # No event within half a second.
+            if message is None:
                 continue
-            if message.error():  # The end of a partition, or a problem. Raises KafkaException if that does not pass.
-                stop.on_error(message)
+            if message.error():  # No event, but a problem, or with --exit the end of a partition.
+                stop.on_error(message)  # Raises KafkaException if trying again can't help.
                 continue
             process(message, args.verbose)
-            # Only after processing. If the program is killed, events since the last commit come again: at least once.
+            # Only after processing. If the program is killed, events since the last commit come again.
             consumer.store_offsets(message)
             stop.printed += 1
         tell(f"Printed {stop.printed} events. Closing.")
@@ -95,39 +94,31 @@ def process(message, verbose):
 
 
 class Callbacks:
-    """What the library calls in poll() and close().
+    """What the library calls in poll() and close() when something happens to the consumer group.
 
     partitions: the numbers of the partitions that this consumer has.
     unread: the numbers of those whose end it has not reached.
-    hope_until: when to give up hope for partitions if it has none, in the time of time.monotonic(); for --exit.
     commit_failed: whether the last commit failed.
     """
 
     def __init__(self):
         self.partitions = set()
         self.unread = set()
-        self.told = None
-        self.hope_until = time.monotonic() + 60
         self.commit_failed = False
-        self.silent_until = 0
 
     def on_assign(self, _, partitions):
-        """A rebalance gives this consumer partitions. It reads each from its committed offset on."""
+        """A rebalance gives this consumer some more partitions. It reads each from its committed offset on."""
         numbers = {partition.partition for partition in partitions}
         self.partitions |= numbers
         self.unread |= numbers
-        self.hope_until = time.monotonic() + 10
-        text = ", ".join(str(number) for number in sorted(self.partitions))
-        if text != self.told:
-            tell(f"Got partitions: {text or 'none; other members of the group have the rest'}")
-            self.told = text
+        have = ", ".join(str(number) for number in sorted(self.partitions))
+        tell(f"Got partitions: {have or 'none; other members of the group have the rest'}")
 
     def on_revoke(self, _, partitions):
         """A rebalance takes partitions away, perhaps to give them back in a moment."""
         numbers = {partition.partition for partition in partitions}
         self.partitions -= numbers
         self.unread -= numbers
-        self.hope_until = time.monotonic() + 60
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -136,23 +127,33 @@ class Callbacks:
         if error:
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
 
+
+# End of the lesson. ---------------------------------------------------------------------------------------------------
+
+MORE_SETTINGS = {
+    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "fetch.queue.backoff.ms": 10,  # When 100,000 events are read ahead, pause for 10 ms. The usual second is slow.
+}
+HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
+
+
+class Trouble:
+    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
+
+    silent_until = 0
+
     def on_error(self, error):
-        """A connection has failed. The library tries again. Told once in ten seconds."""
+        """A connection has failed. The library tries again. Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
 
     def log(self, level, template, facility, client, text):
-        """The library logs something. Most of it is reported otherwise too, but not that unread events were deleted."""
+        """The library logs something. Most is also reported elsewhere, but not that unread events were deleted."""
         if facility == "OFFSET":
             tell(text.removeprefix("[thrd:main]: "))
         elif level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
             tell(template % (facility, client, text))
-
-
-# End of the lesson. ---------------------------------------------------------------------------------------------------
-
-HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
 
 
 class Stop:
@@ -165,6 +166,7 @@ class Stop:
         self.max_messages = max_messages
         self.at_end = at_end
         self.callbacks = callbacks
+        self.had_partitions_at = time.monotonic()
         self.printed = 0
         self.requested = False
 
@@ -177,8 +179,10 @@ class Stop:
         if self.requested or self.printed >= self.max_messages:
             return True
         if self.callbacks.partitions:
+            self.had_partitions_at = time.monotonic()
             return not self.callbacks.unread
-        return self.at_end and time.monotonic() > self.callbacks.hope_until
+        # For a minute a rebalance may be going on. After that, other members of the group have all partitions.
+        return self.at_end and time.monotonic() > self.had_partitions_at + 60
 
     def on_error(self, message):
         """Notes the end of a partition, prints an error that passes by itself, raises KafkaException for others."""
@@ -206,36 +210,32 @@ def wrong_call(error):
     sys.exit(2)
 
 
-def available_topics(consumer):
-    """Returns the names of all topics; ends the program when no broker answers for 30 seconds."""
-    for seconds in (1, 2, 4, 8, 15):
+def available_topics(consumer, topic, must_exist):
+    """Returns the names of all topics; ends the program if there is no answer, or no such topic and it must exist."""
+    for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
-            return sorted(consumer.list_topics(timeout=seconds).topics)
+            names = sorted(consumer.list_topics(timeout=seconds).topics)
+            # This also has the library look out for the topic if it does not exist yet.
+            error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
+            if error is None or not must_exist:
+                return names
+            problem = f"can't read topic {topic}: {error.str()}"
+            time.sleep(seconds / 3)  # A broker that has just started may not know it yet.
         except KafkaException:
+            problem = "no answer from Kafka for 30 seconds"
             consumer.poll(0)  # Calls error_cb.
-    sys.exit("kafka_consumer.py: no answer from Kafka for 30 seconds")
-
-
-def find_topic(consumer, topic, must_exist):
-    """Returns what is known of a topic, as TopicMetadata; raises KafkaException if it must exist and does not."""
-    for seconds in (0.5, 0.5, 1, 2, 4):
-        found = consumer.list_topics(topic, timeout=30).topics[topic]  # Also has the library look out for a new topic.
-        if found.error is None or not must_exist:
-            return found
-        time.sleep(seconds)  # A broker that has just started may not know its topics yet.
-    raise KafkaException(found.error)
+    sys.exit(f"kafka_consumer.py: {problem}")
 
 
 def read_without_group(consumer, topic, offset, callbacks):
-    """Begins to read all partitions of a topic, a TopicMetadata; offset: N, -N (from the end), "beginning" or "end"."""
-    callbacks.partitions.update(topic.partitions)
-    callbacks.unread.update(topic.partitions)
+    """Begins to read all partitions of a topic. offset: N, -N (from the end), "beginning" or "end"."""
     starts = []
-    for number in topic.partitions:
+    for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
         # The offset of the oldest event that is left, and the one that the next event will get.
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic.topic, number), timeout=10)
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
         start = {"beginning": low, "end": high}.get(offset, offset)
-        starts.append(TopicPartition(topic.topic, number, start if start >= 0 else max(low, high + start)))
+        starts.append(TopicPartition(topic, number, start if start >= 0 else max(low, high + start)))
+    callbacks.on_assign(consumer, starts)
     consumer.assign(starts)
 
 
@@ -310,7 +310,10 @@ def parse_arguments():
     if args.max_messages < 0:
         parser.error(f"--max-messages {args.max_messages} is negative")
     given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group}
-    args.settings = SETTINGS | args.config | {name: value for name, value in given.items() if value} | FIXED
+    args.settings = (
+        SETTINGS | MORE_SETTINGS | args.config | {name: value for name, value in given.items() if value} | FIXED
+    )
+    args.settings["enable.partition.eof"] = args.exit  # poll() then returns a message with an error at the end of each.
     if args.from_offset is not None:
         args.settings |= {"enable.auto.commit": False, "auto.offset.reset": "error"}
     return args

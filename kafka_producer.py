@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 from confluent_kafka import KafkaException, Producer
@@ -20,61 +21,56 @@ from faker import Faker
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
 # A partition is a part of a topic. It keeps its events in order. Other brokers may have replicas of it: copies.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
-# A key decides on the partition: events with the same key go to the same one, and so they stay in order.
+# A key determines the partition: events with the same key go to the same one, and so they stay in order.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # When a confirmation is lost, the library sends the event again. Idempotence makes the broker recognise the
-    # repetition, so that the topic has the event once, and in order.
+    # When a confirmation is lost, the library sends the event again. With idempotence the broker notices the duplicate,
+    # so that the topic has the event once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
-    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    # For clusters whose brokers fail. With more requests at a time, an event may be stored twice when another broker
-    # takes over (librdkafka issue 4953). A broker that has just come back may not know the topic: do not believe it at
-    # once (issue 4401; more than 2147483 would overflow). If a broker hangs, try again after 30 seconds.
-    "max.in.flight.requests.per.connection": 1,
-    "topic.metadata.propagation.max.ms": 2_000_000,
-    "socket.timeout.ms": 30_000,
-}
-MAX_UNCONFIRMED = 10_000  # Pause when this many events are unconfirmed: they are lost if the program is killed.
+}  # MORE_SETTINGS, below the lesson, has those for networks and for brokers that fail.
+MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If the program is killed, these may be lost.
 
 
 def main():
     args = parse_arguments()
     try:
-        report = Report(args.log_file, args.quiet)
-        producer = Producer(args.settings | {"error_cb": report.on_error, "logger": report})
+        report = Report(args)
+        trouble = Trouble()  # Prints connection errors, and what the library logs.
+        producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
     except Exception as error:
         wrong_call(error)
-    fake = Faker(use_weighting=False)  # Three times as fast, but rare names are as frequent as common ones.
+    fake = Faker(use_weighting=False)  # Three times as fast, but with rare names as often as common ones.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)
     report.print("Kafka Producer has been initiated...")
-    handle_signals(report.on_signal)
+    stop_on_signals(report, producer)
 
     start = time.monotonic()
     sent = 0
     try:
-        while sent < args.count and report.exit_status == 0:  # It is not 0 after a failure or Ctrl-C.
+        while sent < args.count and report.exit_status == 0:  # After a failure or Ctrl-C it is not 0 any more.
             too_early = time.monotonic() < start + sent * args.interval
-            too_many = len(producer) >= MAX_UNCONFIRMED
+            too_many = len(producer) >= MAX_UNCONFIRMED  # Its length is the number of events without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Waits up to 10 ms, and calls on_delivery() for the reports that come meanwhile.
+                producer.poll(0.01)  # Waits up to 10 ms for reports.
                 continue
             event = registration(fake)
             key = str(event["user_id"])
             value = json.dumps(event, ensure_ascii=False)
-            # Puts the event into a queue and returns at once. A thread of the library sends what is in the queue.
+            # Puts the event into a queue in memory and returns at once. A thread of the library sends it.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-            producer.poll(0)  # Calls on_delivery() for the reports that have come, without waiting for more.
+            # Its delivery report comes later, and waits until we call poll(): only there is on_delivery() called.
+            producer.poll(0)
             sent += 1
-    except KafkaException as error:
-        report.fail(f"kafka_producer.py: can't write to topic {args.topic}: {error.args[0].str()}")
+    except KafkaException as error:  # The library refuses an event, or gives up for good.
+        report.on_exception(error)
     finally:
-        wait_for_reports(producer, report)
+        wait_for_reports(producer, report)  # Like producer.flush(): until every event has had its delivery report.
         report.print(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.")
     sys.exit(report.exit_status)
 
@@ -90,39 +86,23 @@ def registration(fake):
     }
 
 
-def wait_for_reports(producer, report):
-    """Returns when all that is in the queue was sent, and each event has had its delivery report.
-
-    producer.flush() does that in one call, but loses a report if the library gives up for good meanwhile.
-    """
-    while len(producer) > 0:
-        try:
-            producer.poll(0.1)
-        except KafkaException as error:
-            report.fail(f"kafka_producer.py: can't write: {error.args[0].str()}")
-        if time.monotonic() > report.give_up_at:
-            producer.purge()  # Drops the events. Their reports say that they failed.
-
-
 class Report:
     """What became of the events, in numbers, in the log file and on the terminal.
 
     delivered, failed: how many events the broker has confirmed, and how many it has not.
     exit_status: 0 as long as more events may be sent; then what the program ends with.
-    give_up_at: when to stop waiting for confirmations, in the time of time.monotonic().
     """
 
-    def __init__(self, log_file, quiet):
-        self.log_file = open(log_file, "a", encoding="utf-8")
-        self.quiet = quiet
+    def __init__(self, args):
+        self.topic = args.topic
+        self.quiet = args.quiet
+        self.log_file = open(args.log_file, "a", encoding="utf-8")
         self.delivered = 0
         self.failed = 0
         self.exit_status = 0
-        self.give_up_at = math.inf
-        self.silent_until = 0
 
     def on_delivery(self, error, message):
-        """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
+        """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
         event = f"topic {message.topic()} with value of {message.value().decode()}"
         if error is None:
             # The offset is None if the event was sent again and the broker had it already.
@@ -140,22 +120,8 @@ class Report:
             if self.failed == 1 or not self.quiet:
                 self.fail(line)
 
-    def on_error(self, error):
-        """Called in poll() and flush() when a connection fails. The library tries again. Told once in ten seconds."""
-        if time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
-            print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
-
-    def log(self, level, template, facility, client, text):
-        """Called in poll() and flush() with what the library logs. Most of it is reported otherwise too."""
-        if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
-            print(template % (facility, client, text), file=sys.stderr)
-
-    def on_signal(self, number, _):
-        """Called on Ctrl-C or SIGTERM, which end the sending. A second one ends the program at once."""
-        handle_signals(signal.SIG_DFL)
-        self.exit_status = self.exit_status or 128 + number
-        self.give_up_at = time.monotonic() + 5
+    def on_exception(self, error):
+        self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {error.args[0].str()}")
 
     def print(self, line):
         write_line(line, sys.stdout, self.fail)
@@ -168,7 +134,35 @@ class Report:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
+MORE_SETTINGS = {
+    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
+    # With more requests on their way, one event may be stored twice when another broker takes over (librdkafka #4953).
+    "max.in.flight.requests.per.connection": 1,
+    # A broker that has just started may not know the topic yet. Do not believe it for 33 minutes (librdkafka #4401),
+    # which begin anew every five minutes. From 2147484 on the first number would overflow.
+    "topic.metadata.propagation.max.ms": 2_000_000,
+    "metadata.max.age.ms": 300_000,
+    "topic.metadata.refresh.interval.ms": 600_000,
+}
 HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
+
+
+class Trouble:
+    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
+
+    silent_until = 0
+
+    def on_error(self, error):
+        """A connection has failed. The library tries again. Printed at most every ten seconds."""
+        if time.monotonic() > self.silent_until:
+            self.silent_until = time.monotonic() + 10
+            print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
+
+    def log(self, level, template, facility, client, text):
+        """The library logs something. Most of it is also reported elsewhere."""
+        if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
+            print(template % (facility, client, text), file=sys.stderr)
 
 
 def write_line(line, file, fail):
@@ -205,10 +199,29 @@ def find_topic(producer, topic):
     sys.exit(f"kafka_producer.py: {problem}")
 
 
-def handle_signals(handler):
-    """Sets what Ctrl-C and SIGTERM do. signal.SIG_DFL: end the program at once."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+def stop_on_signals(report, producer):
+    """Makes Ctrl-C and SIGTERM end the sending. A second one ends the program at once."""
+
+    def on_signal(number, _):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        report.exit_status = report.exit_status or 128 + number
+        # Drops what is not confirmed five seconds later; it is then reported as failed.
+        timer = threading.Timer(5, producer.purge)
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def wait_for_reports(producer, report):
+    """Does what producer.flush() does, which loses a report if the library gives up for good meanwhile."""
+    while len(producer) > 0:
+        try:
+            producer.poll(0.1)
+        except KafkaException as error:
+            report.on_exception(error)
 
 
 def properties(path):
@@ -244,7 +257,7 @@ def parse_arguments():
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
     args.count = args.count or math.inf
     given = {"bootstrap.servers": args.bootstrap_servers} if args.bootstrap_servers else {}
-    args.settings = SETTINGS | args.config | given | {"queue.buffering.max.messages": MAX_UNCONFIRMED}
+    args.settings = SETTINGS | MORE_SETTINGS | args.config | given | {"queue.buffering.max.messages": MAX_UNCONFIRMED}
     return args
 
 

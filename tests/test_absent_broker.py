@@ -202,7 +202,7 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
         for script in pair:
             script.wait_for_library()
             script.wait_for_stderr("advertised.listeners", limit=3)
-            assert f"Can't connect: {wrong}/1: " in script.stderr
+            assert wrong in script.stderr
         for script in pair:
             # The last one: while it has not heard of the topics, nothing is at stake.
             assert script.end(limit=10) in (130, 0, -signal.SIGINT)
