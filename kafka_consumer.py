@@ -4,6 +4,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -136,19 +137,21 @@ class Callbacks:
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Told once in ten seconds."""
-        if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
+        if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
 
-    def log(self, _level, _format, facility, _client, text):
-        """The library logs something. Told only when events were deleted before they were read."""
+    def log(self, level, template, facility, client, text):
+        """The library logs something. Most of it is reported otherwise too, but not that unread events were deleted."""
         if facility == "OFFSET":
             tell(text.removeprefix("[thrd:main]: "))
+        elif level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
+            tell(template % (facility, client, text))
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = "Is Kafka running (docker compose up -d --wait)? If you gave another address, see advertised.listeners."
+HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
 
 
 class Stop:
@@ -240,7 +243,7 @@ def end_within(seconds):
     """Ends the program after that time, since close() waits long for a broker that is away."""
 
     def give_up():
-        tell("kafka_consumer.py: no answer from Kafka. Offsets are not committed, so the last events will come again.")
+        tell("kafka_consumer.py: no answer from Kafka. The last offsets are not committed; these events may return.")
         os._exit(1)
 
     handle_signals(signal.SIG_DFL)

@@ -5,6 +5,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 
 import argparse
 import json
+import logging
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaException, Producer
 from faker import Faker
 
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
@@ -32,7 +33,12 @@ SETTINGS = {
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "log_level": 2,  # No log on the terminal: the code below reports what goes wrong.
+    # For clusters whose brokers fail. With more requests at a time, an event may be stored twice when another broker
+    # takes over (librdkafka issue 4953). A broker that has just come back may not know the topic: do not believe it at
+    # once (issue 4401; more than 2147483 would overflow). If a broker hangs, try again after 30 seconds.
+    "max.in.flight.requests.per.connection": 1,
+    "topic.metadata.propagation.max.ms": 2_000_000,
+    "socket.timeout.ms": 30_000,
 }
 MAX_UNCONFIRMED = 10_000  # Pause when this many events are unconfirmed: they are lost if the program is killed.
 
@@ -41,7 +47,7 @@ def main():
     args = parse_arguments()
     try:
         report = Report(args.log_file, args.quiet)
-        producer = Producer(args.settings | {"error_cb": report.on_error})
+        producer = Producer(args.settings | {"error_cb": report.on_error, "logger": report})
     except Exception as error:
         wrong_call(error)
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names are as frequent as common ones.
@@ -94,7 +100,7 @@ class Report:
     """
 
     def __init__(self, log_file, quiet):
-        self.log = open(log_file, "a", encoding="utf-8")
+        self.log_file = open(log_file, "a", encoding="utf-8")
         self.quiet = quiet
         self.delivered = 0
         self.failed = 0
@@ -106,6 +112,7 @@ class Report:
         event = f"topic {message.topic()} with value of {message.value().decode()}"
         if error is None:
             self.delivered += 1
+            # The offset is None if the event was sent again and the broker had it already.
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
             if not self.quiet:
                 self.print(line)
@@ -115,13 +122,18 @@ class Report:
             line = f"Failed to deliver to {event}: {error.str()}"
             if self.failed == 1 or not self.quiet:
                 self.fail(line)
-        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log, self.fail)
+        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file, self.fail)
 
     def on_error(self, error):
         """Called in poll() and flush() when a connection fails. The library tries again. Told once in ten seconds."""
-        if time.monotonic() > self.silent_until and error.code() != KafkaError._ALL_BROKERS_DOWN:
+        if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
+
+    def log(self, level, template, facility, client, text):
+        """Called in poll() and flush() with what the library logs. Most of it is reported otherwise too."""
+        if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
+            print(template % (facility, client, text), file=sys.stderr)
 
     def print(self, line):
         write_line(line, sys.stdout, self.fail)
@@ -134,7 +146,7 @@ class Report:
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
-HINT = "Is Kafka running (docker compose up -d --wait)? If you gave another address, see advertised.listeners."
+HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
 
 
 def write_line(line, file, fail):
@@ -218,7 +230,6 @@ def parse_arguments():
     args.count = args.count or math.inf
     given = {"bootstrap.servers": args.bootstrap_servers} if args.bootstrap_servers else {}
     args.settings = SETTINGS | args.config | given | {"queue.buffering.max.messages": MAX_UNCONFIRMED}
-    args.settings.pop("logger", None)  # A Python object, which a file can't hold.
     return args
 
 

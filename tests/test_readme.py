@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import EXTERNAL, LIMIT, ROOT, read_topic, wait_until
-from local_cluster import class_path, free_port
+from local_cluster import KAFKA_VERSIONS, class_path, free_port
 
 README = (ROOT / "README.md").read_text()
 # A block, with the language, the words behind it and the text; or the terminal in which to press Ctrl-C.
@@ -109,8 +109,9 @@ def clone_with_free_ports(folder):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             text = re.sub(r"\b909[234]\b", lambda found: ports[found[0]], (ROOT / name).read_text())
             (folder / name).write_text(text)
-    jars = Path(class_path()).parent  # Not downloaded once more.
-    shutil.copytree(jars, folder / "tests/.local_cluster" / jars.name)
+    for version in KAFKA_VERSIONS.values():
+        jars = Path(class_path(version)).parent  # Not downloaded once more.
+        shutil.copytree(jars, folder / "tests/.local_cluster" / jars.name)
 
 
 @pytest.mark.skipif(bool(EXTERNAL), reason="it starts its own cluster")

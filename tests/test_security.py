@@ -10,6 +10,7 @@ import pytest
 import trustme
 from confluent_kafka.admin import (
     AclBinding,
+    AclBindingFilter,
     AclOperation,
     AclPermissionType,
     AdminClient,
@@ -32,7 +33,7 @@ def password():
     return f"secret-{uuid.uuid4().hex}"
 
 
-PASSWORDS = {name: password() for name in ("admin", "alice", "walter", "reader", "nogroup", "nobody", "sam")}
+PASSWORDS = {name: password() for name in ("admin", "alice", "walter", "reader", "nogroup", "nobody", "sam", "gina")}
 WRONG_PASSWORD = password()
 # User: [(name, right, kind)]. The admin may do everything.
 RIGHTS = {
@@ -45,6 +46,8 @@ RIGHTS = {
         ("*", AclOperation.ALL, ResourceType.GROUP),
     ],
     "reader": [("*", AclOperation.READ, ResourceType.TOPIC), ("*", AclOperation.ALL, ResourceType.GROUP)],
+    # Loses the right to the group in a test.
+    "gina": [("*", AclOperation.ALL, ResourceType.TOPIC), ("*", AclOperation.ALL, ResourceType.GROUP)],
     "nogroup": [("*", AclOperation.READ, ResourceType.TOPIC)],
 }
 
@@ -166,7 +169,7 @@ FAILURES = {
     "wrong host name": ({"bootstrap.servers": "127.0.0.1:{port}"}, r"certificate verify failed.*\n.* host name"),
     "plaintext to a port for TLS": (
         {"security.protocol": "plaintext"},
-        "With TLS: security.protocol and host name right",
+        "Can't connect: .*\n.* With TLS: ",
     ),
 }
 
@@ -224,7 +227,7 @@ def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
 
 @pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
 def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user, mechanism):
-    config = login(files, user, mechanism) | {"debug": "all", "log_level": "7"}
+    config = login(files, user, mechanism) | {"debug": "all"}
     path = write(scripts.folder / "client.properties", config)
     producer = scripts.producer("-t", topic, "-c", 1, "-F", path)
     assert producer.wait() == 0
@@ -261,6 +264,33 @@ def test_no_right_to(scripts, cluster, files, topic, name, user, options, expect
     assert_failed(script, seconds_until_end(script), expected.format(topic=topic))
     assert "Produced message" not in script.stdout
     assert "number" not in script.stdout
+
+
+def test_a_commit_that_fails(scripts, cluster, files, topic, group):
+    """It is told, also by the exit status, since the same events come again."""
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(3))
+    # So that the group's right is not needed before the end.
+    late = {"auto.commit.interval.ms": 60_000, "session.timeout.ms": 45_000, "heartbeat.interval.ms": 40_000}
+    path = write(scripts.folder / "client.properties", login(files, "gina") | late)
+    consumer = scripts.consumer("-t", topic, "-G", group, "-F", path)
+    consumer.wait_for_lines(3)
+    admin = AdminClient(cluster.client_config)
+    right = AclBindingFilter(
+        ResourceType.GROUP,
+        "*",
+        ResourcePatternType.LITERAL,
+        "User:gina",
+        "*",
+        AclOperation.ALL,
+        AclPermissionType.ALLOW,
+    )
+    (deleted,) = admin.delete_acls([right]).values()
+    assert deleted.result(20)
+    wait_until(lambda: not admin.describe_acls(right).result(20), "the end of the right to the group")
+    assert consumer.end() == 1
+    assert "Can't commit offsets, so these events may come again: " in consumer.stderr
+    assert "Group authorization failed" in consumer.stderr
 
 
 def test_all_listen_on_loopback_only(scripts, cluster, files, topic, group):
