@@ -5,7 +5,6 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 
 import argparse
 import logging
-import math
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 # A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
@@ -76,8 +75,9 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        end_within(8)  # Else close() waits for a broker that is away, for up to 45 seconds.
+        timer = end_within(8)  # Else close() waits for a broker that is away, for 45 seconds or more.
         consumer.close()  # Commits the stored offsets and leaves the group.
+        timer.cancel()
     sys.exit(1 if failed or callbacks.commit_failed else 0)
 
 
@@ -99,6 +99,7 @@ class Callbacks:
 
     partitions: the numbers of the partitions that this consumer has.
     unread: the numbers of those whose end it has not reached.
+    hope_until: when to give up hope for partitions if it has none, in the time of time.monotonic(); for --exit.
     commit_failed: whether the last commit failed.
     """
 
@@ -106,7 +107,7 @@ class Callbacks:
         self.partitions = set()
         self.unread = set()
         self.told = None
-        self.changed_at = math.inf
+        self.hope_until = time.monotonic() + 60
         self.commit_failed = False
         self.silent_until = 0
 
@@ -115,7 +116,7 @@ class Callbacks:
         numbers = {partition.partition for partition in partitions}
         self.partitions |= numbers
         self.unread |= numbers
-        self.changed_at = time.monotonic()
+        self.hope_until = time.monotonic() + 10
         text = ", ".join(str(number) for number in sorted(self.partitions))
         if text != self.told:
             tell(f"Got partitions: {text or 'none; other members of the group have the rest'}")
@@ -126,7 +127,7 @@ class Callbacks:
         numbers = {partition.partition for partition in partitions}
         self.partitions -= numbers
         self.unread -= numbers
-        self.changed_at = time.monotonic()
+        self.hope_until = time.monotonic() + 60
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -177,8 +178,7 @@ class Stop:
             return True
         if self.callbacks.partitions:
             return not self.callbacks.unread
-        # Without partitions for ten seconds: other members of the group have them all.
-        return self.at_end and time.monotonic() > self.callbacks.changed_at + 10
+        return self.at_end and time.monotonic() > self.callbacks.hope_until
 
     def on_error(self, message):
         """Notes the end of a partition, prints an error that passes by itself, raises KafkaException for others."""
@@ -202,7 +202,7 @@ def tell(line):
 
 def wrong_call(error):
     """Ends the program because a setting was refused."""
-    tell(f"kafka_consumer.py: {error.args[0].str() if isinstance(error, KafkaException) else error}")
+    tell(f"kafka_consumer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
     sys.exit(2)
 
 
@@ -227,10 +227,16 @@ def find_topic(consumer, topic, must_exist):
 
 
 def read_without_group(consumer, topic, offset, callbacks):
-    """Begins to read all partitions of a topic, a TopicMetadata, at an offset."""
+    """Begins to read all partitions of a topic, a TopicMetadata; offset: N, -N (from the end), "beginning" or "end"."""
     callbacks.partitions.update(topic.partitions)
     callbacks.unread.update(topic.partitions)
-    consumer.assign([TopicPartition(topic.topic, number, offset) for number in topic.partitions])
+    starts = []
+    for number in topic.partitions:
+        # The offset of the oldest event that is left, and the one that the next event will get.
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic.topic, number), timeout=10)
+        start = {"beginning": low, "end": high}.get(offset, offset)
+        starts.append(TopicPartition(topic.topic, number, start if start >= 0 else max(low, high + start)))
+    consumer.assign(starts)
 
 
 def handle_signals(handler):
@@ -240,7 +246,7 @@ def handle_signals(handler):
 
 
 def end_within(seconds):
-    """Ends the program after that time, since close() waits long for a broker that is away."""
+    """Ends the program after that time if the returned timer is not cancelled; a signal ends it at once."""
 
     def give_up():
         tell("kafka_consumer.py: no answer from Kafka. The last offsets are not committed; these events may return.")
@@ -250,6 +256,7 @@ def end_within(seconds):
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
@@ -275,13 +282,12 @@ def properties(path):
 
 
 def offset(text):
-    """Returns the offset for assign() that N, -N, beginning or end stand for."""
+    """Returns what read_without_group() takes; raises ValueError for anything else."""
     if text in ("beginning", "end"):
-        return OFFSET_BEGINNING if text == "beginning" else OFFSET_END
-    number = int(text)
-    if abs(number) > 2**62:
+        return text
+    if abs(int(text)) >= 2**63:
         raise ValueError
-    return -2000 + number if text.startswith("-") else number  # RD_KAFKA_OFFSET_TAIL of librdkafka.
+    return int(text)
 
 
 def parse_arguments():

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 
 from confluent_kafka import KafkaException, Producer
@@ -54,7 +53,7 @@ def main():
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)
     report.print("Kafka Producer has been initiated...")
-    stop_on_signals(report, producer)
+    handle_signals(report.on_signal)
 
     start = time.monotonic()
     sent = 0
@@ -75,8 +74,7 @@ def main():
     except KafkaException as error:
         report.fail(f"kafka_producer.py: can't write to topic {args.topic}: {error.args[0].str()}")
     finally:
-        # Sends what is still in the queue, and returns when each event has had its delivery report.
-        producer.flush()
+        wait_for_reports(producer, report)
         report.print(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.")
     sys.exit(report.exit_status)
 
@@ -92,11 +90,26 @@ def registration(fake):
     }
 
 
+def wait_for_reports(producer, report):
+    """Returns when all that is in the queue was sent, and each event has had its delivery report.
+
+    producer.flush() does that in one call, but loses a report if the library gives up for good meanwhile.
+    """
+    while len(producer) > 0:
+        try:
+            producer.poll(0.1)
+        except KafkaException as error:
+            report.fail(f"kafka_producer.py: can't write: {error.args[0].str()}")
+        if time.monotonic() > report.give_up_at:
+            producer.purge()  # Drops the events. Their reports say that they failed.
+
+
 class Report:
     """What became of the events, in numbers, in the log file and on the terminal.
 
     delivered, failed: how many events the broker has confirmed, and how many it has not.
     exit_status: 0 as long as more events may be sent; then what the program ends with.
+    give_up_at: when to stop waiting for confirmations, in the time of time.monotonic().
     """
 
     def __init__(self, log_file, quiet):
@@ -105,24 +118,27 @@ class Report:
         self.delivered = 0
         self.failed = 0
         self.exit_status = 0
+        self.give_up_at = math.inf
         self.silent_until = 0
 
     def on_delivery(self, error, message):
         """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
         event = f"topic {message.topic()} with value of {message.value().decode()}"
         if error is None:
-            self.delivered += 1
             # The offset is None if the event was sent again and the broker had it already.
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
+        else:
+            # It may be in the topic all the same: perhaps only the confirmation was lost.
+            line = f"Failed to deliver to {event}: {error.str()}"
+        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file, self.fail)
+        if error is None:
+            self.delivered += 1
             if not self.quiet:
                 self.print(line)
         else:
-            # It may be in the topic all the same: perhaps only the confirmation was lost.
             self.failed += 1
-            line = f"Failed to deliver to {event}: {error.str()}"
             if self.failed == 1 or not self.quiet:
                 self.fail(line)
-        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file, self.fail)
 
     def on_error(self, error):
         """Called in poll() and flush() when a connection fails. The library tries again. Told once in ten seconds."""
@@ -135,13 +151,19 @@ class Report:
         if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
             print(template % (facility, client, text), file=sys.stderr)
 
+    def on_signal(self, number, _):
+        """Called on Ctrl-C or SIGTERM, which end the sending. A second one ends the program at once."""
+        handle_signals(signal.SIG_DFL)
+        self.exit_status = self.exit_status or 128 + number
+        self.give_up_at = time.monotonic() + 5
+
     def print(self, line):
         write_line(line, sys.stdout, self.fail)
 
     def fail(self, line):
         """Reports a failure, after which no more events are sent."""
-        print(line, file=sys.stderr)
         self.exit_status = self.exit_status or 1
+        print(line, file=sys.stderr)
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -161,12 +183,15 @@ def write_line(line, file, fail):
 
 def wrong_call(error):
     """Ends the program because the log file or a setting was refused."""
-    print(f"kafka_producer.py: {error.args[0].str() if isinstance(error, KafkaException) else error}", file=sys.stderr)
+    print(
+        f"kafka_producer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 
 def find_topic(producer, topic):
-    """Returns when the topic is there; most clusters create it on request. Otherwise ends the program."""
+    """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
@@ -180,20 +205,10 @@ def find_topic(producer, topic):
     sys.exit(f"kafka_producer.py: {problem}")
 
 
-def stop_on_signals(report, producer):
-    """Makes Ctrl-C and SIGTERM end the sending. A second one ends the program at once."""
-
-    def on_signal(number, _):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        report.exit_status = report.exit_status or 128 + number
-        # Events that are not confirmed after five more seconds are reported as failed.
-        timer = threading.Timer(5, producer.purge)
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+def handle_signals(handler):
+    """Sets what Ctrl-C and SIGTERM do. signal.SIG_DFL: end the program at once."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def properties(path):

@@ -66,12 +66,12 @@ def test_another_consumer_joins_and_leaves_in_mid_run(scripts, consumer, cluster
     options = ("-t", topic, "-G", group, "-v")
     producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.005, "-q")
     first = consumer(protocol, *options)
-    assert read_now(first) == told(first) == EVERY_PARTITION
+    wait_until(lambda: read_now(first) == EVERY_PARTITION, "events of all partitions")
+    assert told(first) == EVERY_PARTITION
 
     second = consumer(protocol, *options)
     second.wait_for_lines(1)  # The first one has given up what the second one has.
-    assert read_now(second) == told(second)
-    assert len(told(second)) == 2
+    wait_until(lambda: len(told(second)) == 2 and read_now(second) == told(second), "events of two partitions")
     wait_until(lambda: read_now(first) == EVERY_PARTITION - told(second), "the first one to have the others")
     wait_until(lambda: told(first) == EVERY_PARTITION - told(second), ["the first one to say so", first])
 

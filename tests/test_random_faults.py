@@ -2,7 +2,7 @@
 
     FAULT_SECONDS=240 FAULT_SEED=7 python -m pytest -m long -n 0 -s tests/test_random_faults.py
 
-Without FAULT_SECONDS the long tests have 120 and 100 seconds of faults. They print what they do, and when. pytest keeps
+Without FAULT_SECONDS they have 120 and 100 seconds of faults. They print what they do, and when. pytest keeps
 the folder of a failed test, which is printed too: logs of producers and cluster, and all that the scripts have printed.
 """
 
@@ -19,8 +19,11 @@ from conftest import EXTERNAL, THREE_BROKERS, create_topic, new_cluster, wait_un
 from faults import SEED, bring_back, order_of_people, person, random_moments, reports, stored
 from local_cluster import is_taken
 
-pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster")
-# Of the long tests; the default differs.
+pytestmark = [
+    pytest.mark.skipif(bool(EXTERNAL), reason="these tests break their cluster"),
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]
 FAULT_SECONDS = os.environ.get("FAULT_SECONDS")
 PARTITIONS = 12
 ROUND = 20  # Seconds of faults at random, until all is mended.
@@ -282,23 +285,15 @@ def start(clients, producers, consumers):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("seconds", "session"),
-    # The partitions of a consumer that was killed are read on after its session: by default 45 s.
-    [(ROUND, 6000), pytest.param(int(FAULT_SECONDS or 120), 45000, marks=pytest.mark.long)],
-)
-def test_random_faults(cluster, clients, tell, request, seconds, session):
-    clients.properties.write_text(f"session.timeout.ms={session}\n")
+def test_random_faults(cluster, clients, tell, request):
     start(clients, producers=4, consumers=2)
     moments = random_moments(request.node.name)
     # All is well in between: events that can't be delivered for delivery.timeout.ms, two minutes, fail by design.
-    for _ in range(seconds // ROUND):
+    for _ in range(int(FAULT_SECONDS or 120) // ROUND):
         break_and_mend(cluster, clients, moments, ROUND, tell)
     assert not finish(cluster, clients, tell)
 
 
-@pytest.mark.long
-@pytest.mark.timeout(900)
 def test_rolling_restarts(cluster, clients, tell, request):
     """As in an update of the brokers: each one is away for some seconds, again and again."""
     start(clients, producers=4, consumers=1)
