@@ -2,10 +2,11 @@
 
 What the test obeys is what the reader sees. The paragraph before a block names its terminal; without one, commands
 are for terminal 1, and a sample is what the terminal of the step before it shows. "Ctrl-C in terminal 2" in the text
-is pressed there. A terminal in which something still runs takes no other command. Three words behind ```sh are not
-for the reader: "docker" is only looked at, "kcat" is typed where kcat is, "tests" would run these tests.
+is pressed there. A terminal in which something still runs takes no other command. Two words behind ```sh are not for
+the reader: "docker" is only looked at, "tests" would run these tests.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXTERNAL, ROOT, wait_until
+from conftest import EXTERNAL, LIMIT, ROOT, read_topic, wait_until
 from local_cluster import KAFKA_VERSIONS, class_path, free_port
 
 README = (ROOT / "README.md").read_text()
@@ -85,7 +86,7 @@ class Terminal:
 def masked(text):
     """Text without what is different in each run: registrations, keys, times, and who gets which partitions."""
     text = re.sub(r"\{.*\}", "{...}", text)
-    text = re.sub(r"time=\S+ key=\d+", "time key", text)
+    text = re.sub(r"timestamp=\d+ key=\d+", "timestamp key", text)
     text = re.sub(r"partitions: (0, 1|2, 3)$", "partitions: two", text, flags=re.MULTILINE)
     return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "date", text)
 
@@ -136,7 +137,7 @@ def test_every_step(tmp_path):
                 terminal = interrupted
                 seen = {number: len(terminals[number].screen) for number in terminals}
                 terminals[terminal].ctrl_c()
-            elif language == "sh" and (not words or (words == "kcat" and shutil.which("kcat"))):
+            elif language == "sh" and not words:
                 terminal = named[-1] if named else "1"
                 # As the README tells those who have no Docker.
                 command = text.replace("docker compose", "python tests/local_cluster.py").replace(" -d --wait", "")
@@ -152,9 +153,24 @@ def test_every_step(tmp_path):
         for each in terminals.values():
             each.process.kill()
             each.process.wait()
-        for options in ([], ["-f", clone / "tests/three-brokers.yaml"]):
-            command = [sys.executable, clone / "tests/local_cluster.py", *options, "down", "-v"]
+        for compose_file in (clone / "docker-compose.yaml", *clone.glob("tests/*.yaml")):
+            command = [sys.executable, clone / "tests/local_cluster.py", "-f", compose_file, "down", "-v"]
             subprocess.run(command, check=True, timeout=90)
+
+
+def test_make_it_yours(scripts, cluster, topic, group):
+    """The function of the example takes the place of the one in the consumer."""
+    assert scripts.producer("-t", topic, "-i", 0).wait() == 0
+    events = [json.loads(record.value) for record in read_topic(cluster, topic)]
+    assert len(events) == 10
+    (example,) = blocks("python")
+    code = (ROOT / "kafka_consumer.py").read_text()
+    before, function, after = re.split(r"^(def process\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
+    assert "print(" in function
+    (scripts.folder / "mine.py").write_text(f"import json\n{before}{example}\n{after}")
+    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
+    shown = subprocess.check_output([sys.executable, "mine.py", *options], cwd=scripts.folder, text=True, timeout=LIMIT)
+    assert shown.splitlines() == [f"{event['user_name']} uses a {event['platform']}" for event in events]
 
 
 def test_every_block_is_one_of_these():
@@ -162,9 +178,9 @@ def test_every_block_is_one_of_these():
     assert kinds == {
         ("mermaid", ""),
         ("properties", ""),
+        ("python", ""),
         ("sh", ""),
         ("sh", "docker"),
-        ("sh", "kcat"),
         ("sh", "tests"),
         ("text", ""),
     }
@@ -175,23 +191,20 @@ def test_every_block_is_one_of_these():
 
 def test_docker_commands_exist():
     """There is no Docker where the tests run, so its commands are only compared with those known to be right."""
-    commands = re.findall(r"docker compose ((?:-f|up|down|stop|start|ps|logs|exec)\b[^`\n&)]*)", README)
-    for command in map(str.strip, commands):
+    known = {
+        "docker-compose.yaml": "up -d --wait, down, down -v, stop broker, start broker, ps, logs broker",
+        "tests/three-brokers.yaml": "up -d --wait, down -v, stop broker-2, stop broker-3, start broker-2",
+        "tests/kafka-4.yaml": "up -d --wait, down -v",
+    }
+    commands = re.findall(r"docker compose (?:-f (\S+) )?((?:up|down|stop|start|ps|logs|exec)\b[^`\n&)]*)", README)
+    for compose_file, command in commands:
         if command.startswith("exec"):
             tool, *words = command.removeprefix("exec broker ").split()
             assert {word for word in words if word.startswith("-")} <= TOOLS[tool], command
-            assert "localhost:9092" in words
-        elif command.startswith("-f"):
-            assert command.removeprefix("-f tests/three-brokers.yaml ") in (
-                "up -d --wait",
-                "down -v",
-                "stop broker-2",
-                "stop broker-3",
-                "start broker-2",
-            )
+            # Not localhost:9092: in the cluster of three, the other brokers' localhost is not this container.
+            assert "broker:29092" in words
         else:
-            known = ("up -d --wait", "down", "down -v", "stop broker", "start broker", "ps", "logs broker")
-            assert command in known
+            assert command.strip() in known[compose_file or "docker-compose.yaml"].split(", "), command
     assert len(commands) >= 10
 
 
@@ -215,7 +228,7 @@ def test_every_option_is_explained(name):
 @pytest.mark.parametrize("page", ["README.md", "tests/README.md"])
 def test_links_and_files_exist(page):
     text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+    for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text):
         if not target.startswith("https://"):
             assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), target
     for name in re.findall(r"`((?:tests/|\.ci/|\.github/)[\w./-]+)`", text):
@@ -223,10 +236,12 @@ def test_links_and_files_exist(page):
 
 
 def test_functions_exist():
-    for script in ("kafka_producer.py", "kafka_consumer.py"):
-        code = (ROOT / script).read_text()
-        (rows,) = re.findall(rf"^\*\*\[{script}\].*?(?=\n\n\*\*|\n##)", README, re.MULTILINE | re.DOTALL)
-        names = re.findall(r"`(\w+)\(\)`", rows)
-        assert len(names) >= 4
-        for name in names:
-            assert f"def {name}(" in code or f".{name}(" in code, f"{name} in {script}"
+    """A section that names scripts speaks of their functions; others speak of both."""
+    found = set()
+    for section in re.split(r"^#+ ", README, flags=re.MULTILINE):
+        scripts = re.findall(r"\]\((kafka_\w+\.py)\)", section) or ["kafka_producer.py", "kafka_consumer.py"]
+        code = "".join((ROOT / script).read_text() for script in scripts)
+        for name in re.findall(r"`(\w+)\(\)`", section):
+            assert re.search(rf"(def |\.){name}\(", code), f"{name} in {scripts}"
+            found.add(name)
+    assert len(found) >= 10
