@@ -235,7 +235,8 @@ def read_without_group(consumer, topic, offset, callbacks):
         low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
         start = {"beginning": low, "end": high}.get(offset, offset)
         starts.append(TopicPartition(topic, number, start if start >= 0 else max(low, high + start)))
-    callbacks.on_assign(consumer, starts)
+        callbacks.partitions.add(number)
+        callbacks.unread.add(number)
     consumer.assign(starts)
 
 
@@ -309,13 +310,16 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     if args.max_messages < 0:
         parser.error(f"--max-messages {args.max_messages} is negative")
-    given = {"bootstrap.servers": args.bootstrap_servers, "group.id": args.group}
-    args.settings = (
-        SETTINGS | MORE_SETTINGS | args.config | {name: value for name, value in given.items() if value} | FIXED
-    )
-    args.settings["enable.partition.eof"] = args.exit  # poll() then returns a message with an error at the end of each.
+    args.settings = SETTINGS | MORE_SETTINGS | args.config | FIXED
+    if args.bootstrap_servers:
+        args.settings["bootstrap.servers"] = args.bootstrap_servers
+    if args.group:
+        args.settings["group.id"] = args.group
     if args.from_offset is not None:
         args.settings |= {"enable.auto.commit": False, "auto.offset.reset": "error"}
+    args.settings["enable.partition.eof"] = (
+        args.exit
+    )  # Have poll() return a message with an error at a partition's end.
     return args
 
 
