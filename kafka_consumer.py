@@ -62,8 +62,8 @@ def main():
             message = consumer.poll(0.5)
             if message is None:
                 continue
-            if message.error():  # No event, but a problem, or with --exit the end of a partition.
-                stop.on_error(message)  # Raises KafkaException if trying again can't help.
+            if message.error():
+                handle_error(message, callbacks)
                 continue
             process(message, args.verbose)
             # Only after processing. If the program is killed, events since the last commit come again.
@@ -90,7 +90,18 @@ def process(message, verbose):
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    print(line, flush=True)
+    write_out(line)
+
+
+def handle_error(message, callbacks):
+    """Handles what poll() returns besides events. Raises KafkaException for a problem that does not pass."""
+    error = message.error()
+    if error.code() == KafkaError._PARTITION_EOF:  # No problem, but the end of a partition. Only with --exit.
+        callbacks.unread.discard(message.partition())
+    elif error.code() in LASTING_ERRORS:
+        raise KafkaException(error)
+    else:
+        tell(error.str())  # The library tries again.
 
 
 class Callbacks:
@@ -140,12 +151,13 @@ HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advert
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    silent_until = 0
+    def __init__(self):
+        self.silent_until = {}
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Printed at most every ten seconds."""
-        if time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
+        """A connection has failed. The library tries again. Each kind is printed at most every ten seconds."""
+        if time.monotonic() > self.silent_until.get(error.code(), 0):
+            self.silent_until[error.code()] = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
 
     def log(self, level, template, facility, client, text):
@@ -166,7 +178,7 @@ class Stop:
         self.max_messages = max_messages
         self.at_end = at_end
         self.callbacks = callbacks
-        self.had_partitions_at = time.monotonic()
+        self.unread_at = time.monotonic()
         self.printed = 0
         self.requested = False
 
@@ -178,21 +190,11 @@ class Stop:
     def is_due(self):
         if self.requested or self.printed >= self.max_messages:
             return True
-        if self.callbacks.partitions:
-            self.had_partitions_at = time.monotonic()
-            return not self.callbacks.unread
-        # For a minute a rebalance may be going on. After that, other members of the group have all partitions.
-        return self.at_end and time.monotonic() > self.had_partitions_at + 60
-
-    def on_error(self, message):
-        """Notes the end of a partition, prints an error that passes by itself, raises KafkaException for others."""
-        error = message.error()
-        if error.code() in LASTING_ERRORS:
-            raise KafkaException(error)
-        if error.code() != KafkaError._PARTITION_EOF:
-            tell(error.str())
-        elif self.at_end:
-            self.callbacks.unread.discard(message.partition())
+        if not self.at_end or self.callbacks.unread:
+            self.unread_at = time.monotonic()
+            return False
+        # Without partitions, a rebalance may be going on. After a minute, other members of the group have them all.
+        return bool(self.callbacks.partitions) or time.monotonic() > self.unread_at + 60
 
 
 LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
@@ -202,6 +204,15 @@ LASTING_ERRORS |= {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHO
 def tell(line):
     """Writes a line about the run to standard error. Standard output is for events alone."""
     print(line, file=sys.stderr)
+
+
+def write_out(line):
+    """Writes an event. If that is not possible, ends the program; main() still closes the consumer."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the rest, which Python writes at its end.
+        sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 
 def wrong_call(error):
@@ -317,9 +328,7 @@ def parse_arguments():
         args.settings["group.id"] = args.group
     if args.from_offset is not None:
         args.settings |= {"enable.auto.commit": False, "auto.offset.reset": "error"}
-    args.settings["enable.partition.eof"] = (
-        args.exit
-    )  # Have poll() return a message with an error at a partition's end.
+    args.settings["enable.partition.eof"] = args.exit  # poll() then returns the end of a partition as an error.
     return args
 
 
@@ -327,8 +336,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
     # With PYTHONUNBUFFERED, print() may lose the rest of a line that was written in part, so have a buffer always.
     sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
-    try:
-        main()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the rest, which Python writes at its end.
-        sys.exit(f"kafka_consumer.py: {error}")
+    main()

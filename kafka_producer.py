@@ -47,7 +47,7 @@ def main():
     fake = Faker(use_weighting=False)  # Three times as fast, but with rare names as often as common ones.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)
-    report.print("Kafka Producer has been initiated...")
+    report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
     start = time.monotonic()
@@ -67,11 +67,11 @@ def main():
             # Its delivery report comes later, and waits until we call poll(): only there is on_delivery() called.
             producer.poll(0)
             sent += 1
-    except KafkaException as error:  # The library refuses an event, or gives up for good.
+    except (KafkaException, BufferError) as error:  # The library refuses an event, or gives up for good.
         report.on_exception(error)
     finally:
         wait_for_reports(producer, report)  # Like producer.flush(): until every event has had its delivery report.
-        report.print(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.")
+        report.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(report.exit_status)
 
 
@@ -110,26 +110,32 @@ class Report:
         else:
             # It may be in the topic all the same: perhaps only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
-        write_line(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file, self.fail)
+        self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
         if error is None:
             self.delivered += 1
             if not self.quiet:
-                self.print(line)
+                self.write(line, sys.stdout)
         else:
             self.failed += 1
             if self.failed == 1 or not self.quiet:
                 self.fail(line)
 
     def on_exception(self, error):
-        self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {error.args[0].str()}")
-
-    def print(self, line):
-        write_line(line, sys.stdout, self.fail)
+        self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {reason(error)}")
 
     def fail(self, line):
         """Reports a failure, after which no more events are sent."""
         self.exit_status = self.exit_status or 1
-        print(line, file=sys.stderr)
+        self.write(line, sys.stderr)
+
+    def write(self, line, file):
+        """Writes a line at once. If that is not possible, it is a failure too, and what follows is discarded."""
+        try:
+            print(line, file=file, flush=True)
+        except OSError as error:
+            discard(file)
+            name = "standard output" if file is sys.stdout else file.name
+            self.fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -151,12 +157,13 @@ HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advert
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    silent_until = 0
+    def __init__(self):
+        self.silent_until = {}
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Printed at most every ten seconds."""
-        if time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
+        """A connection has failed. The library tries again. Each kind is printed at most every ten seconds."""
+        if time.monotonic() > self.silent_until.get(error.code(), 0):
+            self.silent_until[error.code()] = time.monotonic() + 10
             print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
 
     def log(self, level, template, facility, client, text):
@@ -165,22 +172,19 @@ class Trouble:
             print(template % (facility, client, text), file=sys.stderr)
 
 
-def write_line(line, file, fail):
-    """Writes a line at once. If that is not possible it calls fail() with the reason, and discards what follows."""
-    try:
-        print(line, file=file, flush=True)
-    except OSError as error:
-        name = "standard output" if file is sys.stdout else file.name
-        fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+def discard(file):
+    """Has all that is written to a file go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def reason(error):
+    """Returns in words why an exception was raised."""
+    return error.args[0].str().strip() if isinstance(error, KafkaException) else error
 
 
 def wrong_call(error):
     """Ends the program because the log file or a setting was refused."""
-    print(
-        f"kafka_producer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}",
-        file=sys.stderr,
-    )
+    print(f"kafka_producer.py: {reason(error)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -148,7 +148,7 @@ def test_localhost_with_two_addresses(scripts, cluster, topic):
     for producer in producers:
         assert producer.wait() == 0
         assert producer.stderr == ""
-    for settings in (kafka_producer.SETTINGS, kafka_consumer.SETTINGS):
+    for settings in (kafka_producer.MORE_SETTINGS, kafka_consumer.MORE_SETTINGS):
         assert settings["broker.address.family"] == "v4"
 
 

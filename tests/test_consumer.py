@@ -180,10 +180,13 @@ def test_exit_without_a_topic(scripts, topic):
 
 
 def test_exit_when_others_of_the_group_have_all_partitions(scripts, filled, group):
-    first = scripts.consumer("-t", filled, "-G", group)
+    for name in ("first", "second"):
+        # The partition is given to the first of these names, and to none of them anew when one begins to read.
+        scripts.folder.joinpath(name).write_text(f"group.instance.id={name}\n")
+    first = scripts.consumer("-t", filled, "-G", group, "-F", "first")
     first.wait_for_lines(10)
-    second = scripts.consumer("-t", filled, "-G", group, "--exit")
-    assert second.wait() == 0
+    second = scripts.consumer("-t", filled, "-G", group, "-F", "second", "--exit")
+    assert second.wait(90) == 0
     assert "Got partitions: none; other members of the group have the rest" in second.stderr
     assert second.lines == []
     assert first.end() == 0
