@@ -25,10 +25,10 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
-}  # MORE_SETTINGS, below the lesson, has those for networks and for speed.
-# How far we are is saved in two steps, which --config can't change:
+}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
+# Our progress is saved in two steps, so that no event is skipped. --config can't change that.
 FIXED = {
-    # 1. Store: main() notes in memory that it is done with an event. The library would do that before it is done.
+    # 1. Store: after processing an event, main() notes in memory where to go on. The library itself would do it before.
     "enable.auto.offset.store": False,
     # 2. Commit: every five seconds, and in close(), the library sends these notes to Kafka.
     "enable.auto.commit": True,
@@ -43,7 +43,7 @@ def main():
     hooks = {"on_commit": callbacks.on_commit, "error_cb": trouble.on_error, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)
-    except Exception as error:
+    except Exception as error:  # There are many ways to refuse a setting.
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
     topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
@@ -58,7 +58,7 @@ def main():
             read_without_group(consumer, args.topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
         while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
-            # A thread of the library reads ahead. poll() hands over one event, and waits for it for half a second.
+            # A thread of the library reads ahead. Returns the next event, or None if none comes within half a second.
             message = consumer.poll(0.5)
             if message is None:
                 continue
@@ -66,7 +66,7 @@ def main():
                 handle_error(message, callbacks)
                 continue
             process(message, args.verbose)
-            # Only after processing. If the program is killed, events since the last commit come again.
+            # Stores this offset + 1, and only now: if the program is killed, events since the last commit come again.
             consumer.store_offsets(message)
             stop.printed += 1
         tell(f"Printed {stop.printed} events. Closing.")
@@ -74,7 +74,7 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        timer = end_within(8)  # Else close() waits for a broker that is away, for 45 seconds or more.
+        timer = end_within(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits the stored offsets and leaves the group.
         timer.cancel()
     sys.exit(1 if failed or callbacks.commit_failed else 0)
@@ -94,9 +94,9 @@ def process(message, verbose):
 
 
 def handle_error(message, callbacks):
-    """Handles what poll() returns besides events. Raises KafkaException for a problem that does not pass."""
+    """Handles what poll() returns besides events. Raises KafkaException for a problem that retrying can't solve."""
     error = message.error()
-    if error.code() == KafkaError._PARTITION_EOF:  # No problem, but the end of a partition. Only with --exit.
+    if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         callbacks.unread.discard(message.partition())
     elif error.code() in LASTING_ERRORS:
         raise KafkaException(error)
@@ -108,19 +108,22 @@ class Callbacks:
     """What the library calls in poll() and close() when something happens to the consumer group.
 
     partitions: the numbers of the partitions that this consumer has.
-    unread: the numbers of those whose end it has not reached.
+    assigned: whether the group has said which; not while it divides them anew.
+    unread: the numbers of those whose end it has not reached. With --exit the program stops when there are none.
     commit_failed: whether the last commit failed.
     """
 
     def __init__(self):
         self.partitions = set()
+        self.assigned = False
         self.unread = set()
         self.commit_failed = False
 
     def on_assign(self, _, partitions):
-        """A rebalance gives this consumer some more partitions. It reads each from its committed offset on."""
-        numbers = {partition.partition for partition in partitions}
+        """A rebalance gives this consumer more partitions, or none. It reads each from its committed offset on."""
+        numbers = {partition.partition for partition in partitions}  # Of each TopicPartition its number.
         self.partitions |= numbers
+        self.assigned = True
         self.unread |= numbers
         have = ", ".join(str(number) for number in sorted(self.partitions))
         tell(f"Got partitions: {have or 'none; other members of the group have the rest'}")
@@ -129,6 +132,7 @@ class Callbacks:
         """A rebalance takes partitions away, perhaps to give them back in a moment."""
         numbers = {partition.partition for partition in partitions}
         self.partitions -= numbers
+        self.assigned = False
         self.unread -= numbers
 
     def on_commit(self, error, partitions):
@@ -151,13 +155,12 @@ HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advert
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    def __init__(self):
-        self.silent_until = {}
+    silent_until = 0
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Each kind is printed at most every ten seconds."""
-        if time.monotonic() > self.silent_until.get(error.code(), 0):
-            self.silent_until[error.code()] = time.monotonic() + 10
+        """A connection has failed. The library tries again. Printed at most every ten seconds."""
+        if time.monotonic() > self.silent_until:
+            self.silent_until = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
 
     def log(self, level, template, facility, client, text):
@@ -190,11 +193,11 @@ class Stop:
     def is_due(self):
         if self.requested or self.printed >= self.max_messages:
             return True
-        if not self.at_end or self.callbacks.unread:
+        if not self.at_end or not self.callbacks.assigned or self.callbacks.unread:
             self.unread_at = time.monotonic()
             return False
-        # Without partitions, a rebalance may be going on. After a minute, other members of the group have them all.
-        return bool(self.callbacks.partitions) or time.monotonic() > self.unread_at + 60
+        # A consumer without partitions may get some in the next rebalance. It waits for that for ten seconds.
+        return bool(self.callbacks.partitions) or time.monotonic() > self.unread_at + 10
 
 
 LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
@@ -226,7 +229,7 @@ def available_topics(consumer, topic, must_exist):
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
             names = sorted(consumer.list_topics(timeout=seconds).topics)
-            # This also has the library look out for the topic if it does not exist yet.
+            # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
             if error is None or not must_exist:
                 return names
@@ -248,6 +251,7 @@ def read_without_group(consumer, topic, offset, callbacks):
         starts.append(TopicPartition(topic, number, start if start >= 0 else max(low, high + start)))
         callbacks.partitions.add(number)
         callbacks.unread.add(number)
+    callbacks.assigned = True
     consumer.assign(starts)
 
 
@@ -261,7 +265,7 @@ def end_within(seconds):
     """Ends the program after that time if the returned timer is not cancelled; a signal ends it at once."""
 
     def give_up():
-        tell("kafka_consumer.py: no answer from Kafka. The last offsets are not committed; these events may return.")
+        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
         os._exit(1)
 
     handle_signals(signal.SIG_DFL)
@@ -282,15 +286,21 @@ def printable(data):
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for others, but for # comments."""
+    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for any line but those and # comments."""
+    found = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.+?)|#.*)?\s*", line) for line in file]
+            lines = [line.strip() for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
-    if None in matches:  # The line is not shown, since it may hold a password.
-        raise argparse.ArgumentTypeError(f"{path}: line {matches.index(None) + 1} is not key=value")
-    return dict(match.groups() for match in matches if match[1])
+    for number, line in enumerate(lines, 1):
+        key, _, value = (part.strip() for part in line.partition("="))
+        if not line or line.startswith("#"):
+            continue
+        if not value or not re.fullmatch(r"[\w.]+", key):  # The line is not shown, since it may hold a password.
+            raise argparse.ArgumentTypeError(f"{path}: line {number} is not key=value")
+        found[key] = value
+    return found
 
 
 def offset(text):

@@ -27,13 +27,13 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # When a confirmation is lost, the library sends the event again. With idempotence the broker notices the duplicate,
-    # so that the topic has the event once, and in order.
+    # If a confirmation is lost, the library sends the event again. Idempotence: the broker recognises the copy, and
+    # stores the event only once, in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
-}  # MORE_SETTINGS, below the lesson, has those for networks and for brokers that fail.
-MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If the program is killed, these may be lost.
+}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
+MAX_UNCONFIRMED = 10_000  # At most this many events may be unconfirmed at a time: those that a crash may lose.
 
 
 def main():
@@ -42,35 +42,36 @@ def main():
         report = Report(args)
         trouble = Trouble()  # Prints connection errors, and what the library logs.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
-    except Exception as error:
+    except Exception as error:  # There are many ways to refuse a file name or a setting.
         wrong_call(error)
-    fake = Faker(use_weighting=False)  # Three times as fast, but with rare names as often as common ones.
+    fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)
     report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
+    # produce() queues an event. Later the broker confirms it, or it fails: that result is its delivery report. poll()
+    # passes the reports to on_delivery(), and is also how we wait until it is time for the next event.
     start = time.monotonic()
     sent = 0
     try:
-        while sent < args.count and report.exit_status == 0:  # After a failure or Ctrl-C it is not 0 any more.
+        while sent < args.count and report.exit_status == 0:  # The first failure or Ctrl-C sets it, and sending stops.
             too_early = time.monotonic() < start + sent * args.interval
-            too_many = len(producer) >= MAX_UNCONFIRMED  # Its length is the number of events without a delivery report.
+            too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Waits up to 10 ms for reports.
+                producer.poll(0.01)  # Waits up to 10 ms for a report.
                 continue
             event = registration(fake)
             key = str(event["user_id"])
             value = json.dumps(event, ensure_ascii=False)
-            # Puts the event into a queue in memory and returns at once. A thread of the library sends it.
+            # Returns at once. A thread of the library sends what is in the queue.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-            # Its delivery report comes later, and waits until we call poll(): only there is on_delivery() called.
-            producer.poll(0)
+            producer.poll(0)  # Without waiting, passes on the reports that have come.
             sent += 1
-    except (KafkaException, BufferError) as error:  # The library refuses an event, or gives up for good.
+    except (KafkaException, BufferError) as error:  # The library refuses the event, or has hit a fatal error.
         report.on_exception(error)
     finally:
-        wait_for_reports(producer, report)  # Like producer.flush(): until every event has had its delivery report.
+        wait_for_reports(producer, report)  # Polls until no report is outstanding, much like producer.flush().
         report.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(report.exit_status)
 
@@ -90,7 +91,7 @@ class Report:
     """What became of the events, in numbers, in the log file and on the terminal.
 
     delivered, failed: how many events the broker has confirmed, and how many it has not.
-    exit_status: 0 as long as more events may be sent; then what the program ends with.
+    exit_status: 0 as long as more events may be sent; otherwise the program's exit status.
     """
 
     def __init__(self, args):
@@ -105,20 +106,18 @@ class Report:
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
         event = f"topic {message.topic()} with value of {message.value().decode()}"
         if error is None:
+            self.delivered += 1
             # The offset is None if the event was sent again and the broker had it already.
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
         else:
+            self.failed += 1
+            self.exit_status = self.exit_status or 1
             # It may be in the topic all the same: perhaps only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
-        if error is None:
-            self.delivered += 1
-            if not self.quiet:
-                self.write(line, sys.stdout)
-        else:
-            self.failed += 1
-            if self.failed == 1 or not self.quiet:
-                self.fail(line)
+        is_first_failure = error is not None and self.failed == 1
+        if is_first_failure or not self.quiet:
+            self.write(line, sys.stdout if error is None else sys.stderr)
 
     def on_exception(self, error):
         self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {reason(error)}")
@@ -133,7 +132,7 @@ class Report:
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            discard(file)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             name = "standard output" if file is sys.stdout else file.name
             self.fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
 
@@ -143,10 +142,11 @@ class Report:
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
-    # With more requests on their way, one event may be stored twice when another broker takes over (librdkafka #4953).
+    # One request to a broker at a time. With more, an event may be stored twice when another broker takes over
+    # (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
-    # A broker that has just started may not know the topic yet. Do not believe it for 33 minutes (librdkafka #4401),
-    # which begin anew every five minutes. From 2147484 on the first number would overflow.
+    # A broker that has just started may deny that the topic exists. Do not believe that in the first 33 minutes, nearly
+    # the most that is possible (librdkafka issue 4401), and let these begin anew by forgetting the topic every five.
     "topic.metadata.propagation.max.ms": 2_000_000,
     "metadata.max.age.ms": 300_000,
     "topic.metadata.refresh.interval.ms": 600_000,
@@ -157,24 +157,18 @@ HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advert
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    def __init__(self):
-        self.silent_until = {}
+    silent_until = 0
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Each kind is printed at most every ten seconds."""
-        if time.monotonic() > self.silent_until.get(error.code(), 0):
-            self.silent_until[error.code()] = time.monotonic() + 10
+        """A connection has failed. The library tries again. Printed at most every ten seconds."""
+        if time.monotonic() > self.silent_until:
+            self.silent_until = time.monotonic() + 10
             print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
         if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
             print(template % (facility, client, text), file=sys.stderr)
-
-
-def discard(file):
-    """Has all that is written to a file go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def reason(error):
@@ -229,15 +223,21 @@ def wait_for_reports(producer, report):
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for others, but for # comments."""
+    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for any line but those and # comments."""
+    found = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
-            matches = [re.fullmatch(r"\s*(?:([\w.]+)\s*=\s*(.+?)|#.*)?\s*", line) for line in file]
+            lines = [line.strip() for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
-    if None in matches:  # The line is not shown, since it may hold a password.
-        raise argparse.ArgumentTypeError(f"{path}: line {matches.index(None) + 1} is not key=value")
-    return dict(match.groups() for match in matches if match[1])
+    for number, line in enumerate(lines, 1):
+        key, _, value = (part.strip() for part in line.partition("="))
+        if not line or line.startswith("#"):
+            continue
+        if not value or not re.fullmatch(r"[\w.]+", key):  # The line is not shown, since it may hold a password.
+            raise argparse.ArgumentTypeError(f"{path}: line {number} is not key=value")
+        found[key] = value
+    return found
 
 
 def parse_arguments():
@@ -260,8 +260,10 @@ def parse_arguments():
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
     args.count = args.count or math.inf
-    given = {"bootstrap.servers": args.bootstrap_servers} if args.bootstrap_servers else {}
-    args.settings = SETTINGS | MORE_SETTINGS | args.config | given | {"queue.buffering.max.messages": MAX_UNCONFIRMED}
+    args.settings = SETTINGS | MORE_SETTINGS | args.config
+    if args.bootstrap_servers:
+        args.settings["bootstrap.servers"] = args.bootstrap_servers
+    args.settings["queue.buffering.max.messages"] = MAX_UNCONFIRMED  # main() relies on it, whatever --config says.
     return args
 
 
