@@ -286,7 +286,7 @@ def printable(data):
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for any line but those and # comments."""
+    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for lines other than # comments."""
     found = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
