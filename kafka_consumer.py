@@ -4,6 +4,8 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import re
@@ -28,7 +30,8 @@ SETTINGS = {
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # Our progress is saved in two steps, so that no event is skipped. --config can't change that.
 FIXED = {
-    # 1. Store: after processing an event, main() notes in memory where to go on. The library itself would do it before.
+    # 1. Store: after processing, save() notes in memory where to go on. By default the library notes it when poll()
+    # returns the event, before we have processed it.
     "enable.auto.offset.store": False,
     # 2. Commit: every five seconds, and in close(), the library sends these notes to Kafka.
     "enable.auto.commit": True,
@@ -49,26 +52,32 @@ def main():
     topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
+    done = {}  # Of each partition the last event that is processed, but not stored.
     failed = False
     try:
         if args.from_offset is None:
             # Joins the group. From now on poll() calls on_assign() and on_revoke() in each rebalance.
             consumer.subscribe([args.topic], on_assign=callbacks.on_assign, on_revoke=callbacks.on_revoke)
         else:
+            # Takes all partitions, whatever the group does, and commits nothing.
             read_without_group(consumer, args.topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
         while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
-            # A thread of the library reads ahead. Returns the next event, or None if none comes within half a second.
-            message = consumer.poll(0.5)
+            # A thread of the library reads ahead. Returns the next event without waiting, or None if none is there.
+            message = consumer.poll(0)
+            if message is None or stop.printed % 1000 == 0:
+                save(consumer, done)  # Not after each event, which would be slow.
+            if message is None:
+                message = consumer.poll(0.5)  # Waits for half a second.
             if message is None:
                 continue
-            if message.error():
+            if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, callbacks)
                 continue
             process(message, args.verbose)
-            # Stores this offset + 1, and only now: if the program is killed, events since the last commit come again.
-            consumer.store_offsets(message)
+            done[message.partition()] = message
             stop.printed += 1
+        save(consumer, done)
         tell(f"Printed {stop.printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
@@ -90,7 +99,19 @@ def process(message, verbose):
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    write_out(line)
+    print(line)
+
+
+def save(consumer, done):
+    """Stores the offsets after the processed events, and only now: if the program is killed, events come again.
+
+    done: {partition: the last processed event of it, a Message}; it is emptied.
+    """
+    sys.stdout.flush()
+    for message in done.values():
+        with contextlib.suppress(KafkaException):  # A rebalance has given the partition to another consumer.
+            consumer.store_offsets(message)
+    done.clear()
 
 
 def handle_error(message, callbacks):
@@ -108,23 +129,23 @@ class Callbacks:
     """What the library calls in poll() and close() when something happens to the consumer group.
 
     partitions: the numbers of the partitions that this consumer has.
-    assigned: whether the group has said which; not while it divides them anew.
-    unread: the numbers of those whose end it has not reached. With --exit the program stops when there are none.
     commit_failed: whether the last commit failed.
+    For --exit alone, unread: the numbers of those partitions whose end it has not reached; and assigned_at: when they
+    were assigned, in the time of time.monotonic(), or None before that and during a rebalance.
     """
 
     def __init__(self):
         self.partitions = set()
-        self.assigned = False
-        self.unread = set()
         self.commit_failed = False
+        self.unread = set()
+        self.assigned_at = None
 
     def on_assign(self, _, partitions):
         """A rebalance gives this consumer more partitions, or none. It reads each from its committed offset on."""
         numbers = {partition.partition for partition in partitions}  # Of each TopicPartition its number.
         self.partitions |= numbers
-        self.assigned = True
         self.unread |= numbers
+        self.assigned_at = time.monotonic()
         have = ", ".join(str(number) for number in sorted(self.partitions))
         tell(f"Got partitions: {have or 'none; other members of the group have the rest'}")
 
@@ -132,8 +153,8 @@ class Callbacks:
         """A rebalance takes partitions away, perhaps to give them back in a moment."""
         numbers = {partition.partition for partition in partitions}
         self.partitions -= numbers
-        self.assigned = False
         self.unread -= numbers
+        self.assigned_at = None
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -149,7 +170,10 @@ MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "fetch.queue.backoff.ms": 10,  # When 100,000 events are read ahead, pause for 10 ms. The usual second is slow.
 }
-HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
+HINT = (
+    "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
+    "check advertised.listeners; with TLS, check the host name."
+)
 
 
 class Trouble:
@@ -181,7 +205,6 @@ class Stop:
         self.max_messages = max_messages
         self.at_end = at_end
         self.callbacks = callbacks
-        self.unread_at = time.monotonic()
         self.printed = 0
         self.requested = False
 
@@ -191,13 +214,13 @@ class Stop:
         handle_signals(signal.SIG_DFL)
 
     def is_due(self):
-        if self.requested or self.printed >= self.max_messages:
-            return True
-        if not self.at_end or not self.callbacks.assigned or self.callbacks.unread:
-            self.unread_at = time.monotonic()
+        return self.requested or self.printed >= self.max_messages or (self.at_end and self.all_is_read())
+
+    def all_is_read(self):
+        if self.callbacks.assigned_at is None or self.callbacks.unread:
             return False
-        # A consumer without partitions may get some in the next rebalance. It waits for that for ten seconds.
-        return bool(self.callbacks.partitions) or time.monotonic() > self.unread_at + 10
+        # Without partitions, wait for ten seconds: another rebalance may bring some.
+        return bool(self.callbacks.partitions) or time.monotonic() > self.callbacks.assigned_at + 10
 
 
 LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
@@ -209,13 +232,15 @@ def tell(line):
     print(line, file=sys.stderr)
 
 
-def write_out(line):
-    """Writes an event. If that is not possible, ends the program; main() still closes the consumer."""
-    try:
-        print(line, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the rest, which Python writes at its end.
-        sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
+class Output(io.FileIO):
+    """A file that ends the program when nothing can be written to it."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # For the rest, which Python writes at its end.
+            sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 
 def wrong_call(error):
@@ -247,11 +272,16 @@ def read_without_group(consumer, topic, offset, callbacks):
     for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
         # The offset of the oldest event that is left, and the one that the next event will get.
         low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
-        start = {"beginning": low, "end": high}.get(offset, offset)
-        starts.append(TopicPartition(topic, number, start if start >= 0 else max(low, high + start)))
+        wanted = {"beginning": low, "end": high}.get(offset, offset)
+        if wanted < 0:
+            wanted = max(high + wanted, low)
+        start = min(max(wanted, low), high)
+        if start != wanted:
+            tell(f"Partition {number} has offsets {low} to {high - 1}. Reading from {start} on.")
+        starts.append(TopicPartition(topic, number, start))
         callbacks.partitions.add(number)
         callbacks.unread.add(number)
-    callbacks.assigned = True
+    callbacks.assigned_at = time.monotonic()
     consumer.assign(starts)
 
 
@@ -282,6 +312,8 @@ UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 def printable(data):
     r"""Returns bytes as one line of text, with \n, \x1b and the like for what is unsafe or not UTF-8; None as null."""
     text = "null" if data is None else data.decode(errors="backslashreplace")
+    if text.isprintable():  # Faster.
+        return text
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -344,6 +376,6 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    # With PYTHONUNBUFFERED, print() may lose the rest of a line that was written in part, so have a buffer always.
-    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)
+    # Buffered, also with PYTHONUNBUFFERED, and in UTF-8, whatever the terminal is set to.
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(Output(sys.stdout.fileno(), "w", closefd=False)), encoding="utf-8")
     main()

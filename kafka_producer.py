@@ -27,8 +27,8 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If a confirmation is lost, the library sends the event again. Idempotence: the broker recognises the copy, and
-    # stores the event only once, in order.
+    # If a confirmation is lost, the library sends the event again. With idempotence the broker notices that it has it
+    # already, and stores it only once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
@@ -40,7 +40,7 @@ def main():
     args = parse_arguments()
     try:
         report = Report(args)
-        trouble = Trouble()  # Prints connection errors, and what the library logs.
+        trouble = Trouble(report)  # Prints connection errors, and what the library logs.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
     except Exception as error:  # There are many ways to refuse a file name or a setting.
         wrong_call(error)
@@ -50,8 +50,8 @@ def main():
     report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
-    # produce() queues an event. Later the broker confirms it, or it fails: that result is its delivery report. poll()
-    # passes the reports to on_delivery(), and is also how we wait until it is time for the next event.
+    # produce() only queues an event. Later its delivery report comes: confirmed, or failed. on_delivery() gets it while
+    # we are inside poll(), and only then, so we call poll() often, also to wait.
     start = time.monotonic()
     sent = 0
     try:
@@ -59,16 +59,16 @@ def main():
             too_early = time.monotonic() < start + sent * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Waits up to 10 ms for a report.
+                producer.poll(0.01)  # Waits up to 10 ms.
                 continue
             event = registration(fake)
             key = str(event["user_id"])
             value = json.dumps(event, ensure_ascii=False)
-            # Returns at once. A thread of the library sends what is in the queue.
+            # Returns at once. A thread of the library then sends the event.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-            producer.poll(0)  # Without waiting, passes on the reports that have come.
+            producer.poll(0)  # Does not wait.
             sent += 1
-    except (KafkaException, BufferError) as error:  # The library refuses the event, or has hit a fatal error.
+    except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         report.on_exception(error)
     finally:
         wait_for_reports(producer, report)  # Polls until no report is outstanding, much like producer.flush().
@@ -145,30 +145,35 @@ MORE_SETTINGS = {
     # One request to a broker at a time. With more, an event may be stored twice when another broker takes over
     # (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
-    # A broker that has just started may deny that the topic exists. Do not believe that in the first 33 minutes, nearly
-    # the most that is possible (librdkafka issue 4401), and let these begin anew by forgetting the topic every five.
+    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that for 33 minutes
+    # from when the library learns of the topic, which it forgets after 5 minutes to learn of it anew.
     "topic.metadata.propagation.max.ms": 2_000_000,
     "metadata.max.age.ms": 300_000,
     "topic.metadata.refresh.interval.ms": 600_000,
 }
-HINT = "Is Kafka running (docker compose up -d --wait)? Not your address: advertised.listeners. With TLS: host name?"
+HINT = (
+    "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
+    "check advertised.listeners; with TLS, check the host name."
+)
 
 
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    silent_until = 0
+    def __init__(self, report):
+        self.report = report
+        self.silent_until = 0
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            print(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", file=sys.stderr)
+            self.report.write(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", sys.stderr)
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
         if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
-            print(template % (facility, client, text), file=sys.stderr)
+            self.report.write(template % (facility, client, text), sys.stderr)
 
 
 def reason(error):
@@ -263,11 +268,13 @@ def parse_arguments():
     args.settings = SETTINGS | MORE_SETTINGS | args.config
     if args.bootstrap_servers:
         args.settings["bootstrap.servers"] = args.bootstrap_servers
-    args.settings["queue.buffering.max.messages"] = MAX_UNCONFIRMED  # main() relies on it, whatever --config says.
+    # Only MAX_UNCONFIRMED limits the queue: main() relies on it, whatever --config says.
+    args.settings["queue.buffering.max.messages"] = MAX_UNCONFIRMED
+    args.settings["queue.buffering.max.kbytes"] = 2**31 - 1
     return args
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", closefd=False)  # Whatever the terminal is set to.
+    sys.stdout.reconfigure(encoding="utf-8")  # Whatever the terminal is set to.
     main()

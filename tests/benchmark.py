@@ -34,7 +34,7 @@ BIG = 300_000  # events in the topic that consumers read
 
 # The contenders that are Python: `python -c SOURCE COUNT ...`, in processes of their own as the scripts are.
 # kafka_producer.main sets Faker like OUR_FAKER.
-OUR_FAKER = 'Faker("en_US", use_weighting=False).factories[0]'
+OUR_FAKER = "Faker(use_weighting=False)"
 DEFAULT_FAKER = 'Faker("en_US")'
 MAKE_EVENTS = """
 import sys
