@@ -189,10 +189,10 @@ class Trouble:
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most is also reported elsewhere, but not that unread events were deleted."""
-        if facility == "OFFSET":
-            tell(text.removeprefix("[thrd:main]: "))
-        elif level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
+        if level == logging.DEBUG:
             tell(template % (facility, client, text))
+        elif facility == "OFFSET" or (facility == "CONFWARN" and "will be ignored" not in text):
+            tell(text.partition("]: ")[2])  # Without the name of the thread.
 
 
 class Stop:

@@ -172,8 +172,10 @@ class Trouble:
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
-        if level == logging.DEBUG or (facility == "CONFWARN" and "will be ignored" not in text):
+        if level == logging.DEBUG:
             self.report.write(template % (facility, client, text), sys.stderr)
+        elif facility == "CONFWARN" and "will be ignored" not in text:
+            self.report.write(text.partition("]: ")[2], sys.stderr)  # Without the name of the thread.
 
 
 def reason(error):

@@ -169,7 +169,7 @@ FAILURES = {
     "wrong host name": ({"bootstrap.servers": "127.0.0.1:{port}"}, r"certificate verify failed.*\n.* host name"),
     "plaintext to a port for TLS": (
         {"security.protocol": "plaintext"},
-        "Can't connect: .*\n.* With TLS: ",
+        "`security.protocol` is not configured for SASL",
     ),
 }
 
