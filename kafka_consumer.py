@@ -52,7 +52,9 @@ def main():
     topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
-    done = {}  # Of each partition the last event that is processed, but not stored.
+    done = {}  # Of each partition the last event that is processed, but not saved.
+    saved_at = time.monotonic()
+    wait = 0
     failed = False
     try:
         if args.from_offset is None:
@@ -63,13 +65,14 @@ def main():
             read_without_group(consumer, args.topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
         while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
-            # A thread of the library reads ahead. Returns the next event without waiting, or None if none is there.
-            message = consumer.poll(0)
-            if message is None or stop.printed % 1000 == 0:
-                save(consumer, done)  # Not after each event, which would be slow.
+            # A thread of the library reads ahead. Returns the next event, or None if none comes within `wait` seconds.
+            message = consumer.poll(wait)
+            wait = 0
+            if message is None or time.monotonic() > saved_at + 1:
+                save(consumer, done)  # When there is nothing to do, or after a second: after each event would be slow.
+                saved_at = time.monotonic()
             if message is None:
-                message = consumer.poll(0.5)  # Waits for half a second.
-            if message is None:
+                wait = 0.5
                 continue
             if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, callbacks)
@@ -93,7 +96,8 @@ def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception the program ends, and the next run begins with the same event.
+    If it raises an exception the program ends. The next run goes on from the last save(): events of the last second
+    come again, and then this one.
     """
     line = printable(message.value())
     if verbose:
@@ -103,13 +107,14 @@ def process(message, verbose):
 
 
 def save(consumer, done):
-    """Stores the offsets after the processed events, and only now: if the program is killed, events come again.
+    """Notes for each partition where to go on: at the offset of its last processed event, plus 1.
 
-    done: {partition: the last processed event of it, a Message}; it is emptied.
+    done: {number of the partition: Message}; it is emptied.
     """
     sys.stdout.flush()
     for message in done.values():
-        with contextlib.suppress(KafkaException):  # A rebalance has given the partition to another consumer.
+        # Refused if a rebalance has just given the partition to another consumer, which gets these events again.
+        with contextlib.suppress(KafkaException):
             consumer.store_offsets(message)
     done.clear()
 
@@ -335,7 +340,7 @@ def properties(path):
     return found
 
 
-def offset(text):
+def start_offset(text):
     """Returns what read_without_group() takes; raises ValueError for anything else."""
     if text in ("beginning", "end"):
         return text
@@ -354,7 +359,7 @@ def parse_arguments():
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
     add("-G", "--group", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
-    add("-o", "--from-offset", type=offset, help="begin at N, -N (from the end), beginning, end; no commits")
+    add("-o", "--from-offset", type=start_offset, help="begin at N, -N (from the end), beginning, end; no commits")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, timestamp and key before each event")

@@ -46,12 +46,12 @@ def main():
         wrong_call(error)
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
-    find_topic(producer, args.topic)
+    find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
     report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
-    # produce() only queues an event. Later its delivery report comes: confirmed, or failed. on_delivery() gets it while
-    # we are inside poll(), and only then, so we call poll() often, also to wait.
+    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer waits for us:
+    # poll() calls on_delivery() with it. So poll() collects answers. We call it often, also to wait.
     start = time.monotonic()
     sent = 0
     try:
@@ -104,14 +104,15 @@ class Report:
 
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
-        event = f"topic {message.topic()} with value of {message.value().decode()}"
+        value = message.value().decode(errors="backslashreplace")
+        event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
             # The offset is None if the event was sent again and the broker had it already.
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
         else:
             self.failed += 1
-            self.exit_status = self.exit_status or 1
+            self.stop(1)
             # It may be in the topic all the same: perhaps only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
@@ -124,8 +125,12 @@ class Report:
 
     def fail(self, line):
         """Reports a failure, after which no more events are sent."""
-        self.exit_status = self.exit_status or 1
+        self.stop(1)
         self.write(line, sys.stderr)
+
+    def stop(self, status):
+        """Ends the sending. Of several statuses the first one counts."""
+        self.exit_status = self.exit_status or status
 
     def write(self, line, file):
         """Writes a line at once. If that is not possible, it is a failure too, and what follows is discarded."""
@@ -210,7 +215,7 @@ def stop_on_signals(report, producer):
     def on_signal(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        report.exit_status = report.exit_status or 128 + number
+        report.stop(128 + number)
         # Drops what is not confirmed five seconds later; it is then reported as failed.
         timer = threading.Timer(5, producer.purge)
         timer.daemon = True

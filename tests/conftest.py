@@ -292,6 +292,18 @@ def produce(cluster, topic, events, **config):
     assert not errors, errors
 
 
+def end_offset(consumer, partition):
+    """Returns the offset that the next event of a partition will get; asks again while its leader is changing."""
+    found = []
+
+    def asked():
+        with contextlib.suppress(kafka.errors.KafkaTimeoutError):
+            found.append(consumer.end_offsets([partition])[partition])
+        return found
+
+    return wait_until(asked, f"the end of {partition}", limit=90)[0]
+
+
 def read_topic(cluster, topic, partitions=1, **config):
     """Returns all records of a topic, partition by partition, as kafka-python (another client) reads them."""
     consumer = kafka.KafkaConsumer(bootstrap_servers=cluster.bootstrap_servers, enable_auto_commit=False, **config)
@@ -300,7 +312,7 @@ def read_topic(cluster, topic, partitions=1, **config):
         for partition in (kafka.TopicPartition(topic, number) for number in range(partitions)):
             consumer.assign([partition])
             consumer.seek_to_beginning(partition)
-            end = consumer.end_offsets([partition])[partition]
+            end = end_offset(consumer, partition)
             deadline = time.monotonic() + LIMIT
             while consumer.position(partition) < end:
                 assert time.monotonic() < deadline, f"waited {LIMIT} s for {end} events of {topic}"
