@@ -30,10 +30,10 @@ SETTINGS = {
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # Our progress is saved in two steps, so that no event is skipped. --config can't change that.
 FIXED = {
-    # 1. Store: after processing, save() notes in memory where to go on. By default the library notes it when poll()
-    # returns the event, before we have processed it.
+    # 1. Store: save() tells the library, in memory, where to go on, after we have processed the events. By default the
+    # library stores that when poll() returns an event; a crash before it is processed would skip it.
     "enable.auto.offset.store": False,
-    # 2. Commit: every five seconds, and in close(), the library sends these notes to Kafka.
+    # 2. Commit: every five seconds, and in close(), the library sends to Kafka what is stored.
     "enable.auto.commit": True,
 }
 
@@ -41,8 +41,8 @@ FIXED = {
 def main():
     args = parse_arguments()
     callbacks = Callbacks()
-    stop = Stop(args.max_messages, args.exit, callbacks)
-    trouble = Trouble()  # Prints connection errors, and what the library logs.
+    stop = Stop(args.max_messages, args.exit, callbacks)  # For --exit it asks callbacks what is still unread.
+    trouble = Trouble()  # The library calls it when a connection fails, or when it logs something.
     hooks = {"on_commit": callbacks.on_commit, "error_cb": trouble.on_error, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)
@@ -54,7 +54,7 @@ def main():
 
     done = {}  # Of each partition the last event that is processed, but not saved.
     saved_at = time.monotonic()
-    wait = 0
+    wait = 0  # Seconds. First poll() only looks. If nothing is there we save, and let the next poll() wait.
     failed = False
     try:
         if args.from_offset is None:
@@ -65,11 +65,11 @@ def main():
             read_without_group(consumer, args.topic, args.from_offset, callbacks)
         handle_signals(stop.on_signal)
         while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
-            # A thread of the library reads ahead. Returns the next event, or None if none comes within `wait` seconds.
+            # A thread of the library reads ahead. poll() returns the next event, or None if none comes in that time.
             message = consumer.poll(wait)
             wait = 0
             if message is None or time.monotonic() > saved_at + 1:
-                save(consumer, done)  # When there is nothing to do, or after a second: after each event would be slow.
+                save(consumer, done)  # After each event would be slow.
                 saved_at = time.monotonic()
             if message is None:
                 wait = 0.5

@@ -40,7 +40,7 @@ def main():
     args = parse_arguments()
     try:
         report = Report(args)
-        trouble = Trouble(report)  # Prints connection errors, and what the library logs.
+        trouble = Trouble(report)  # The library calls it when a connection fails, or when it logs something.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
     except Exception as error:  # There are many ways to refuse a file name or a setting.
         wrong_call(error)
@@ -50,8 +50,8 @@ def main():
     report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
-    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer waits for us:
-    # poll() calls on_delivery() with it. So poll() collects answers. We call it often, also to wait.
+    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer becomes a delivery
+    # report. 4. poll() passes it to on_delivery(); without poll() none arrive. So we wait by poll(), not by sleep().
     start = time.monotonic()
     sent = 0
     try:
@@ -108,17 +108,18 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
+            file, is_shown = sys.stdout, not self.quiet
             # The offset is None if the event was sent again and the broker had it already.
             line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
         else:
             self.failed += 1
             self.stop(1)
+            file, is_shown = sys.stderr, not self.quiet or self.failed == 1
             # It may be in the topic all the same: perhaps only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
-        is_first_failure = error is not None and self.failed == 1
-        if is_first_failure or not self.quiet:
-            self.write(line, sys.stdout if error is None else sys.stderr)
+        if is_shown:
+            self.write(line, file)
 
     def on_exception(self, error):
         self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {reason(error)}")
@@ -137,7 +138,7 @@ class Report:
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # From now on it discards what is written to it.
             name = "standard output" if file is sys.stdout else file.name
             self.fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
 
