@@ -50,8 +50,8 @@ def main():
     report.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(report, producer)
 
-    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer becomes a delivery
-    # report. 4. poll() passes it to on_delivery(); without poll() none arrive. So we wait by poll(), not by sleep().
+    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer becomes a
+    # delivery report. 4. poll() passes it to on_delivery(): without it none arrive. So we wait in poll(), not sleep().
     start = time.monotonic()
     sent = 0
     try:
