@@ -151,11 +151,9 @@ MORE_SETTINGS = {
     # One request to a broker at a time. With more, an event may be stored twice when another broker takes over
     # (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
-    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that for 33 minutes
-    # from when the library learns of the topic, which it forgets after 5 minutes to learn of it anew.
+    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
+    # minutes, which is nearly the most that is possible.
     "topic.metadata.propagation.max.ms": 2_000_000,
-    "metadata.max.age.ms": 300_000,
-    "topic.metadata.refresh.interval.ms": 600_000,
 }
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "

@@ -72,7 +72,8 @@ def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_lines(10)
     cluster.brokers[0].kill()
-    end = time.monotonic() + 20
+    begin = time.monotonic()
+    end = begin + 20
     consumer.wait_for_stderr("Can't connect", limit=5)
     wait_until(lambda: time.monotonic() > end, "the end of the outage", limit=21)
     bring_back(cluster)
@@ -80,8 +81,8 @@ def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     consumer.wait_for_lines(20, limit=3)
     assert consumer.end() == 0
     assert consumer.lines == values
-    # About one every ten seconds, and no word when it is over.
-    assert 1 <= consumer.stderr.count("Can't connect") <= 4
+    # About one every ten seconds, and no word when it is over. On a busy machine the broker is away for longer.
+    assert 1 <= consumer.stderr.count("Can't connect") <= 2 + (time.monotonic() - begin) / 10
     usual = ("Kafka Consumer", "Available topics", "Got partitions", "Printed", "Can't connect", "Is Kafka running")
     assert all(line.startswith(usual) for line in consumer.stderr.splitlines()), consumer.stderr
 

@@ -115,7 +115,7 @@ def clone_with_free_ports(folder):
 
 
 @pytest.mark.skipif(bool(EXTERNAL), reason="it starts its own cluster")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_step(tmp_path):
     clone = tmp_path / "clone"
     clone_with_free_ports(clone)
