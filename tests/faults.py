@@ -12,9 +12,6 @@ SEED = int(os.environ.get("FAULT_SEED", random.randrange(1_000_000)))
 # A producer with these options makes the same people as another one.
 SAME_PEOPLE = ("--seed", SEED)
 
-# The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
-QUICK_RETURN = {"zookeeper.session.timeout.ms": "4000"}
-
 
 def random_moments(name):
     """Returns the random numbers of the test of this name, as random.Random; prints how to get them again."""

@@ -61,8 +61,6 @@ class Clients:
     def __init__(self, scripts, topic, group):
         self.scripts, self.topic, self.group = scripts, topic, group
         self.producers, self.consumers = [], []
-        self.properties = scripts.folder / "consumer.properties"
-        self.properties.touch()
 
     def start_producer(self):
         number = len(self.producers)
@@ -74,7 +72,7 @@ class Clients:
         self.producers.append(producer)
 
     def start_consumer(self):
-        consumer = self.scripts.consumer("-t", self.topic, "-G", self.group, "-F", self.properties)
+        consumer = self.scripts.consumer("-t", self.topic, "-G", self.group)
         consumer.signum = None
         self.consumers.append(consumer)
 
