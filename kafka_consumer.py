@@ -4,9 +4,9 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
-import contextlib
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -28,12 +28,12 @@ SETTINGS = {
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# Our progress is saved in two steps, so that no event is skipped. --config can't change that.
+# --config can't change these two. With them no event is skipped, even if the program is killed at its work.
 FIXED = {
-    # 1. Store: save() tells the library, in memory, where to go on, after we have processed the events. By default the
-    # library stores that when poll() returns an event; a crash before it is processed would skip it.
+    # The library keeps in memory up to where we have read, and by default counts an event as soon as poll() returns it.
+    # But it may not be processed yet, so we tell the library ourselves: see store_progress().
     "enable.auto.offset.store": False,
-    # 2. Commit: every five seconds, and in close(), the library sends to Kafka what is stored.
+    # Every five seconds, and in close(), the library sends to Kafka what it keeps there: it commits.
     "enable.auto.commit": True,
 }
 
@@ -41,7 +41,6 @@ FIXED = {
 def main():
     args = parse_arguments()
     callbacks = Callbacks()
-    stop = Stop(args.max_messages, args.exit, callbacks)  # For --exit it asks callbacks what is still unread.
     trouble = Trouble()  # The library calls it when a connection fails, or when it logs something.
     hooks = {"on_commit": callbacks.on_commit, "error_cb": trouble.on_error, "logger": trouble}
     try:
@@ -52,42 +51,41 @@ def main():
     topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
-    done = {}  # Of each partition the last event that is processed, but not saved.
-    saved_at = time.monotonic()
-    wait = 0  # Seconds. First poll() only looks. If nothing is there we save, and let the next poll() wait.
+    stop = stop_on_signals()
+    printed = 0
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. From now on poll() calls on_assign() and on_revoke() in each rebalance.
-            consumer.subscribe([args.topic], on_assign=callbacks.on_assign, on_revoke=callbacks.on_revoke)
+            # Joins the group, which gives us partitions, now or later. poll() then calls on_assign().
+            consumer.subscribe([args.topic], on_assign=callbacks.on_assign)
         else:
             # Takes all partitions, whatever the group does, and commits nothing.
-            read_without_group(consumer, args.topic, args.from_offset, callbacks)
-        handle_signals(stop.on_signal)
-        while not stop.is_due():  # After Ctrl-C, --max-messages, or with --exit when everything is read.
-            # A thread of the library reads ahead. poll() returns the next event, or None if none comes in that time.
-            message = consumer.poll(wait)
-            wait = 0
-            if message is None or time.monotonic() > saved_at + 1:
-                save(consumer, done)  # After each event would be slow.
-                saved_at = time.monotonic()
+            consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
+        while printed < args.max_messages and not stop.is_set():
+            # A thread of the library reads ahead. poll(0) returns the next event that it has, or None.
+            message = consumer.poll(0)
+            if message is None:  # Now there is time for this:
+                store_progress(consumer)
+                if args.exit and callbacks.all_is_read(consumer):
+                    break
+                message = consumer.poll(0.5)  # Waits for up to half a second.
             if message is None:
-                wait = 0.5
                 continue
             if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, callbacks)
                 continue
             process(message, args.verbose)
-            done[message.partition()] = message
-            stop.printed += 1
-        save(consumer, done)
-        tell(f"Printed {stop.printed} events. Closing.")
+            printed += 1
+            if printed % 100 == 0:  # Now and then also when there is much to read. After each event would be slow.
+                store_progress(consumer)
+        store_progress(consumer)
+        tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
         timer = end_within(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-        consumer.close()  # Commits the stored offsets and leaves the group.
+        consumer.close()  # Commits the stored progress, and leaves the group.
         timer.cancel()
     sys.exit(1 if failed or callbacks.commit_failed else 0)
 
@@ -96,8 +94,8 @@ def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception the program ends. The next run goes on from the last save(): events of the last second
-    come again, and then this one.
+    If it raises an exception the program ends. The next run goes on where progress was last stored: up to 99
+    events come again, and then this one.
     """
     line = printable(message.value())
     if verbose:
@@ -106,24 +104,18 @@ def process(message, verbose):
     print(line)
 
 
-def save(consumer, done):
-    """Notes for each partition where to go on: at the offset of its last processed event, plus 1.
-
-    done: {number of the partition: Message}; it is emptied.
-    """
-    sys.stdout.flush()
-    for message in done.values():
-        # Refused if a rebalance has just given the partition to another consumer, which gets these events again.
-        with contextlib.suppress(KafkaException):
-            consumer.store_offsets(message)
-    done.clear()
+def store_progress(consumer):
+    """Tells the library how far we have processed. At this moment every event that poll() has returned must be."""
+    sys.stdout.flush()  # First the events must be out.
+    # The position is, for each of our partitions, the offset after the last event that poll() has returned.
+    consumer.store_offsets(offsets=consumer.position(consumer.assignment()))
 
 
 def handle_error(message, callbacks):
     """Handles what poll() returns besides events. Raises KafkaException for a problem that retrying can't solve."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        callbacks.unread.discard(message.partition())
+        callbacks.at_end.add(message.partition())
     elif error.code() in LASTING_ERRORS:
         raise KafkaException(error)
     else:
@@ -131,35 +123,26 @@ def handle_error(message, callbacks):
 
 
 class Callbacks:
-    """What the library calls in poll() and close() when something happens to the consumer group.
+    """What the library calls in poll() and close(), and what we learn there.
 
-    partitions: the numbers of the partitions that this consumer has.
     commit_failed: whether the last commit failed.
-    For --exit alone, unread: the numbers of those partitions whose end it has not reached; and assigned_at: when they
-    were assigned, in the time of time.monotonic(), or None before that and during a rebalance.
+    at_end: the numbers of the partitions that are read to the end. Only for --exit.
+    nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
     """
 
     def __init__(self):
-        self.partitions = set()
         self.commit_failed = False
-        self.unread = set()
-        self.assigned_at = None
+        self.at_end = set()
+        self.nothing_since = math.inf
 
-    def on_assign(self, _, partitions):
-        """A rebalance gives this consumer more partitions, or none. It reads each from its committed offset on."""
-        numbers = {partition.partition for partition in partitions}  # Of each TopicPartition its number.
-        self.partitions |= numbers
-        self.unread |= numbers
-        self.assigned_at = time.monotonic()
-        have = ", ".join(str(number) for number in sorted(self.partitions))
-        tell(f"Got partitions: {have or 'none; other members of the group have the rest'}")
-
-    def on_revoke(self, _, partitions):
-        """A rebalance takes partitions away, perhaps to give them back in a moment."""
-        numbers = {partition.partition for partition in partitions}
-        self.partitions -= numbers
-        self.unread -= numbers
-        self.assigned_at = None
+    def on_assign(self, consumer, partitions):
+        """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
+        new = numbers(partitions)
+        have = new | numbers(consumer.assignment())
+        self.at_end -= new
+        self.nothing_since = math.inf if have else time.monotonic()
+        names = ", ".join(str(number) for number in sorted(have))
+        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -167,6 +150,18 @@ class Callbacks:
         self.commit_failed = error is not None
         if error:
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
+
+    def all_is_read(self, consumer):
+        """Whether our partitions are read to the end, or other members have had them all for ten seconds."""
+        have = numbers(consumer.assignment())
+        if not have:
+            return time.monotonic() > self.nothing_since + 10
+        return have.issubset(self.at_end)
+
+
+def numbers(partitions):
+    """Returns the numbers of a list of TopicPartitions as a set."""
+    return {partition.partition for partition in partitions}
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -198,34 +193,6 @@ class Trouble:
             tell(template % (facility, client, text))
         elif facility == "OFFSET" or (facility == "CONFWARN" and "will be ignored" not in text):
             tell(text.partition("]: ")[2])  # Without the name of the thread.
-
-
-class Stop:
-    """When to stop.
-
-    printed: how many events were printed.
-    """
-
-    def __init__(self, max_messages, at_end, callbacks):
-        self.max_messages = max_messages
-        self.at_end = at_end
-        self.callbacks = callbacks
-        self.printed = 0
-        self.requested = False
-
-    def on_signal(self, *_):
-        """Called when Ctrl-C or SIGTERM comes. A second one ends the program at once."""
-        self.requested = True
-        handle_signals(signal.SIG_DFL)
-
-    def is_due(self):
-        return self.requested or self.printed >= self.max_messages or (self.at_end and self.all_is_read())
-
-    def all_is_read(self):
-        if self.callbacks.assigned_at is None or self.callbacks.unread:
-            return False
-        # Without partitions, wait for ten seconds: another rebalance may bring some.
-        return bool(self.callbacks.partitions) or time.monotonic() > self.callbacks.assigned_at + 10
 
 
 LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
@@ -271,23 +238,29 @@ def available_topics(consumer, topic, must_exist):
     sys.exit(f"kafka_consumer.py: {problem}")
 
 
-def read_without_group(consumer, topic, offset, callbacks):
-    """Begins to read all partitions of a topic. offset: N, -N (from the end), "beginning" or "end"."""
+def first_offsets(consumer, topic, wanted):
+    """Returns for each partition a TopicPartition with the offset to begin at. wanted: N, or -N: N before the end."""
     starts = []
     for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
         # The offset of the oldest event that is left, and the one that the next event will get.
         low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
-        wanted = {"beginning": low, "end": high}.get(offset, offset)
-        if wanted < 0:
-            wanted = max(high + wanted, low)
-        start = min(max(wanted, low), high)
-        if start != wanted:
-            tell(f"Partition {number} has offsets {low} to {high - 1}. Reading from {start} on.")
+        start = wanted if wanted >= 0 else high + wanted
+        start = min(max(start, low), high)
+        tell(f"Partition {number}: reading from offset {start} on; the next new event will be {high}.")
         starts.append(TopicPartition(topic, number, start))
-        callbacks.partitions.add(number)
-        callbacks.unread.add(number)
-    callbacks.assigned_at = time.monotonic()
-    consumer.assign(starts)
+    return starts
+
+
+def stop_on_signals():
+    """Returns a threading.Event that Ctrl-C and SIGTERM set. A second signal ends the program at once."""
+    stop = threading.Event()
+
+    def on_signal(*_):
+        stop.set()
+        handle_signals(signal.SIG_DFL)
+
+    handle_signals(on_signal)
+    return stop
 
 
 def handle_signals(handler):
@@ -341,11 +314,11 @@ def properties(path):
 
 
 def start_offset(text):
-    """Returns what read_without_group() takes; raises ValueError for anything else."""
-    if text in ("beginning", "end"):
-        return text
-    if abs(int(text)) >= 2**63:
-        raise ValueError
+    """Returns what first_offsets() takes; raises ValueError for anything else."""
+    if text == "beginning":
+        return 0
+    if text == "end":
+        return sys.maxsize
     return int(text)
 
 
@@ -374,7 +347,7 @@ def parse_arguments():
     if args.group:
         args.settings["group.id"] = args.group
     if args.from_offset is not None:
-        args.settings |= {"enable.auto.commit": False, "auto.offset.reset": "error"}
+        args.settings["enable.auto.commit"] = False
     args.settings["enable.partition.eof"] = args.exit  # poll() then returns the end of a partition as an error.
     return args
 
