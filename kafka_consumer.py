@@ -28,27 +28,29 @@ SETTINGS = {
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# --config can't change these two. With them no event is skipped, even if the program is killed at its work.
+# For each partition there are three offsets:
+# - position: after the last event that poll() has returned. In memory.
+# - stored: after the last event that is processed. In memory; store_progress() sets it.
+# - committed: what Kafka has of "stored". The next run begins there.
+# The committed offset is never ahead of our work, so no event is skipped. --config can't change these two settings:
 FIXED = {
-    # The library keeps in memory up to where we have read, and by default counts an event as soon as poll() returns it.
-    # But it may not be processed yet, so we tell the library ourselves: see store_progress().
-    "enable.auto.offset.store": False,
-    # Every five seconds, and in close(), the library sends to Kafka what it keeps there: it commits.
-    "enable.auto.commit": True,
+    "enable.auto.offset.store": False,  # By default poll() sets "stored", before the event is processed.
+    "enable.auto.commit": True,  # The library sends "stored" to Kafka every five seconds, and in close().
 }
 
 
 def main():
     args = parse_arguments()
-    callbacks = Callbacks()
-    trouble = Trouble()  # The library calls it when a connection fails, or when it logs something.
-    hooks = {"on_commit": callbacks.on_commit, "error_cb": trouble.on_error, "logger": trouble}
+    partitions = Partitions()
+    trouble = Trouble()  # Reports what goes wrong with connections, commits and settings.
+    hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     try:
-        consumer = Consumer(args.settings | hooks)
+        consumer = Consumer(args.settings | hooks)  # args.settings: those above and those of --config.
     except Exception as error:  # There are many ways to refuse a setting.
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
-    topics = available_topics(consumer, args.topic, must_exist=args.exit or args.from_offset is not None)
+    must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes the topic.
+    topics = available_topics(consumer, args.topic, must_exist)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
     stop = stop_on_signals()
@@ -56,46 +58,46 @@ def main():
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group, which gives us partitions, now or later. poll() then calls on_assign().
-            consumer.subscribe([args.topic], on_assign=callbacks.on_assign)
+            # Joins the group, which gives us partitions, and others in each rebalance. poll() then calls on_assign().
+            consumer.subscribe([args.topic], on_assign=partitions.on_assign)
         else:
             # Takes all partitions, whatever the group does, and commits nothing.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         while printed < args.max_messages and not stop.is_set():
-            # A thread of the library reads ahead. poll(0) returns the next event that it has, or None.
-            message = consumer.poll(0)
-            if message is None:  # Now there is time for this:
+            message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
+            if message is None:
+                # We have caught up. Before we wait for more, store what is done.
                 store_progress(consumer)
-                if args.exit and callbacks.all_is_read(consumer):
+                if args.exit and partitions.are_read(consumer):
                     break
                 message = consumer.poll(0.5)  # Waits for up to half a second.
             if message is None:
-                continue
-            if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
-                handle_error(message, callbacks)
-                continue
-            process(message, args.verbose)
-            printed += 1
-            if printed % 100 == 0:  # Now and then also when there is much to read. After each event would be slow.
-                store_progress(consumer)
+                pass  # Still nothing.
+            elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
+                handle_error(message, partitions)
+            else:
+                process(message, args.verbose)
+                printed += 1
+                if printed % 100 == 0:  # Also while there is always more to read. After each event would be slow.
+                    store_progress(consumer)
         store_progress(consumer)
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        timer = end_within(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-        consumer.close()  # Commits the stored progress, and leaves the group.
+        timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
+        consumer.close()  # Commits what is stored, and leaves the group.
         timer.cancel()
-    sys.exit(1 if failed or callbacks.commit_failed else 0)
+    sys.exit(1 if failed or trouble.commit_failed else 0)
 
 
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception the program ends. The next run goes on where progress was last stored: up to 99
-    events come again, and then this one.
+    If it raises an exception the program ends. The next run goes on where progress was last stored: up to 99 events
+    come again, and then this one. After a crash, and in a rebalance, events may come again too.
     """
     line = printable(message.value())
     if verbose:
@@ -105,63 +107,23 @@ def process(message, verbose):
 
 
 def store_progress(consumer):
-    """Tells the library how far we have processed. At this moment every event that poll() has returned must be."""
-    sys.stdout.flush()  # First the events must be out.
-    # The position is, for each of our partitions, the offset after the last event that poll() has returned.
+    """Sets, for each of our partitions, the stored offset to the position.
+
+    The events before the position must be processed: call it only between events.
+    """
+    sys.stdout.flush()  # Print them before.
     consumer.store_offsets(offsets=consumer.position(consumer.assignment()))
 
 
-def handle_error(message, callbacks):
+def handle_error(message, partitions):
     """Handles what poll() returns besides events. Raises KafkaException for a problem that retrying can't solve."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        callbacks.at_end.add(message.partition())
+        partitions.at_end.add(message.partition())
     elif error.code() in LASTING_ERRORS:
         raise KafkaException(error)
     else:
         tell(error.str())  # The library tries again.
-
-
-class Callbacks:
-    """What the library calls in poll() and close(), and what we learn there.
-
-    commit_failed: whether the last commit failed.
-    at_end: the numbers of the partitions that are read to the end. Only for --exit.
-    nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
-    """
-
-    def __init__(self):
-        self.commit_failed = False
-        self.at_end = set()
-        self.nothing_since = math.inf
-
-    def on_assign(self, consumer, partitions):
-        """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
-        new = numbers(partitions)
-        have = new | numbers(consumer.assignment())
-        self.at_end -= new
-        self.nothing_since = math.inf if have else time.monotonic()
-        names = ", ".join(str(number) for number in sorted(have))
-        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
-
-    def on_commit(self, error, partitions):
-        """Offsets were committed, or could not be."""
-        error = error or next((partition.error for partition in partitions if partition.error), None)
-        self.commit_failed = error is not None
-        if error:
-            tell(f"Can't commit offsets, so these events may come again: {error.str()}")
-
-    def all_is_read(self, consumer):
-        """Whether our partitions are read to the end, or other members have had them all for ten seconds."""
-        have = numbers(consumer.assignment())
-        if not have:
-            return time.monotonic() > self.nothing_since + 10
-        return have.issubset(self.at_end)
-
-
-def numbers(partitions):
-    """Returns the numbers of a list of TopicPartitions as a set."""
-    return {partition.partition for partition in partitions}
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -176,16 +138,61 @@ HINT = (
 )
 
 
-class Trouble:
-    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
+class Partitions:
+    """Which of our partitions are read to the end, for --exit.
 
-    silent_until = 0
+    at_end: their numbers.
+    nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
+    """
+
+    def __init__(self):
+        self.at_end = set()
+        self.nothing_since = math.inf
+
+    def on_assign(self, consumer, partitions):
+        """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
+        new = numbers(partitions)
+        have = new | numbers(consumer.assignment())  # By some protocols we keep others.
+        self.at_end -= new
+        self.nothing_since = math.inf if have else time.monotonic()
+        names = ", ".join(str(number) for number in sorted(have))
+        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
+
+    def are_read(self, consumer):
+        """Returns True if each is read to the end. If we have none, we wait ten seconds for another rebalance."""
+        have = numbers(consumer.assignment())
+        if not have:
+            return time.monotonic() > self.nothing_since + 10
+        return have.issubset(self.at_end)
+
+
+def numbers(partitions):
+    """Returns the numbers of a list of TopicPartitions as a set."""
+    return {partition.partition for partition in partitions}
+
+
+class Trouble:
+    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll() and close().
+
+    commit_failed: whether the last commit failed.
+    """
+
+    def __init__(self):
+        self.commit_failed = False
+        self.silent_until = 0
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
+
+    def on_commit(self, error, partitions):
+        """Offsets were committed, or could not be."""
+        error = error or next((partition.error for partition in partitions if partition.error), None)
+        self.commit_failed = error is not None
+        if error:
+            tell(f"Can't commit offsets, so these events may come again: {error.str()}")
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most is also reported elsewhere, but not that unread events were deleted."""
@@ -222,7 +229,7 @@ def wrong_call(error):
 
 
 def available_topics(consumer, topic, must_exist):
-    """Returns the names of all topics; ends the program if there is no answer, or no such topic and it must exist."""
+    """Returns the names of all topics. Ends the program if no answer comes, or if the topic must exist and does not."""
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
             names = sorted(consumer.list_topics(timeout=seconds).topics)
@@ -269,7 +276,7 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-def end_within(seconds):
+def exit_after(seconds):
     """Ends the program after that time if the returned timer is not cancelled; a signal ends it at once."""
 
     def give_up():

@@ -33,7 +33,7 @@ SETTINGS = {
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
-MAX_UNCONFIRMED = 10_000  # At most this many events may be unconfirmed at a time: those that a crash may lose.
+MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
 
 
 def main():
@@ -41,6 +41,7 @@ def main():
     try:
         report = Report(args)
         trouble = Trouble(report)  # The library calls it when a connection fails, or when it logs something.
+        # args.settings: SETTINGS, MORE_SETTINGS and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
     except Exception as error:  # There are many ways to refuse a file name or a setting.
         wrong_call(error)
@@ -55,23 +56,23 @@ def main():
     start = time.monotonic()
     sent = 0
     try:
-        while sent < args.count and report.exit_status == 0:  # The first failure or Ctrl-C sets it, and sending stops.
+        while sent < args.count and report.exit_status == 0:  # A failure and Ctrl-C set another exit status.
+            # Each time we either wait or send one event.
             too_early = time.monotonic() < start + sent * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Waits up to 10 ms.
-                continue
-            event = registration(fake)
-            key = str(event["user_id"])
-            value = json.dumps(event, ensure_ascii=False)
-            # Returns at once. A thread of the library then sends the event.
-            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-            producer.poll(0)  # Does not wait.
-            sent += 1
+                producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
+            else:
+                event = registration(fake)
+                key = str(event["user_id"])
+                value = json.dumps(event, ensure_ascii=False)
+                producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Returns at once.
+                producer.poll(0)  # Passes on the reports that have come, and does not wait.
+                sent += 1
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         report.on_exception(error)
     finally:
-        wait_for_reports(producer, report)  # Polls until no report is outstanding, much like producer.flush().
+        wait_for_reports(producer, report)  # Polls until all reports have come, as producer.flush() usually does.
         report.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(report.exit_status)
 
@@ -115,7 +116,7 @@ class Report:
             self.failed += 1
             self.stop(1)
             file, is_shown = sys.stderr, not self.quiet or self.failed == 1
-            # It may be in the topic all the same: perhaps only the confirmation was lost.
+            # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
         if is_shown:
@@ -138,7 +139,7 @@ class Report:
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # From now on it discards what is written to it.
+            discard(file)
             name = "standard output" if file is sys.stdout else file.name
             self.fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
 
@@ -180,6 +181,11 @@ class Trouble:
             self.report.write(template % (facility, client, text), sys.stderr)
         elif facility == "CONFWARN" and "will be ignored" not in text:
             self.report.write(text.partition("]: ")[2], sys.stderr)  # Without the name of the thread.
+
+
+def discard(file):
+    """Makes a file discard what is written to it from now on, and what Python still has to write to it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def reason(error):
