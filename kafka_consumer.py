@@ -46,7 +46,7 @@ def main():
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)  # args.settings: those above and those of --config.
-    except Exception as error:  # There are many ways to refuse a setting.
+    except (KafkaException, TypeError, ValueError) as error:  # A setting was refused.
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
     must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes the topic.
@@ -58,8 +58,9 @@ def main():
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group, which gives us partitions, and others in each rebalance. poll() then calls on_assign().
-            consumer.subscribe([args.topic], on_assign=partitions.on_assign)
+            # Joins the group. In a rebalance poll() calls on_revoke() for partitions that we lose, and on_assign() for
+            # new ones. The first rebalance gives us those that we begin with.
+            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=partitions.on_revoke)
         else:
             # Takes all partitions, whatever the group does, and commits nothing.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
@@ -86,6 +87,7 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
+        partitions.closing = True
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.
         timer.cancel()
@@ -97,7 +99,7 @@ def process(message, verbose):
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
     If it raises an exception the program ends. The next run goes on where progress was last stored: up to 99 events
-    come again, and then this one. After a crash, and in a rebalance, events may come again too.
+    come again, and then this one. After a crash those since the last commit come again.
     """
     line = printable(message.value())
     if verbose:
@@ -139,13 +141,15 @@ HINT = (
 
 
 class Partitions:
-    """Which of our partitions are read to the end, for --exit.
+    """What the library calls in a rebalance; and, for --exit, which of our partitions are read to the end.
 
-    at_end: their numbers.
+    closing: whether the program is about to end.
+    at_end: the numbers of the partitions that are read to the end.
     nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
     """
 
     def __init__(self):
+        self.closing = False
         self.at_end = set()
         self.nothing_since = math.inf
 
@@ -157,6 +161,11 @@ class Partitions:
         self.nothing_since = math.inf if have else time.monotonic()
         names = ", ".join(str(number) for number in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
+
+    def on_revoke(self, consumer, _):
+        """A rebalance is about to take partitions away. The library then commits what is stored for them."""
+        if not self.closing:  # Also called in close(), when the last event may not be processed.
+            store_progress(consumer)
 
     def are_read(self, consumer):
         """Returns True if each is read to the end. If we have none, we wait ten seconds for another rebalance."""

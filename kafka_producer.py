@@ -43,7 +43,7 @@ def main():
         trouble = Trouble(report)  # The library calls it when a connection fails, or when it logs something.
         # args.settings: SETTINGS, MORE_SETTINGS and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
-    except Exception as error:  # There are many ways to refuse a file name or a setting.
+    except (KafkaException, OSError, TypeError, ValueError) as error:  # The log file or a setting was refused.
         wrong_call(error)
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
@@ -109,15 +109,17 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            file, is_shown = sys.stdout, not self.quiet
             # The offset is None if the event was sent again and the broker had it already.
-            line = f"Produced message on {event}, partition {message.partition()}, offset {message.offset()}"
+            place = f"partition {message.partition()}, offset {message.offset()}"
+            self.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
         else:
             self.failed += 1
             self.stop(1)
-            file, is_shown = sys.stderr, not self.quiet or self.failed == 1
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
-            line = f"Failed to deliver to {event}: {error.str()}"
+            self.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
+
+    def record(self, line, file, is_shown):
+        """Writes a line with date and time to the log file, and perhaps without to the terminal."""
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
         if is_shown:
             self.write(line, file)
