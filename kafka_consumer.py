@@ -46,7 +46,7 @@ def main():
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)  # args.settings: those above and those of --config.
-    except (KafkaException, TypeError, ValueError) as error:  # A setting was refused.
+    except Exception as error:  # A setting is refused, by a KafkaException, TypeError, AttributeError or others.
         wrong_call(error)
     tell("Kafka Consumer has been initiated...")
     must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes the topic.

@@ -43,7 +43,7 @@ def main():
         trouble = Trouble(report)  # The library calls it when a connection fails, or when it logs something.
         # args.settings: SETTINGS, MORE_SETTINGS and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
-    except (KafkaException, OSError, TypeError, ValueError) as error:  # The log file or a setting was refused.
+    except Exception as error:  # A setting or the log file is refused, by a KafkaException, TypeError, OSError or others.
         wrong_call(error)
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
