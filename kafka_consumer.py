@@ -53,7 +53,6 @@ def main():
     topics = available_topics(consumer, args.topic, must_exist)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
-    stop = stop_on_signals()
     printed = 0
     failed = False
     try:
@@ -64,6 +63,8 @@ def main():
         else:
             # Takes all partitions, whatever the group does, and commits nothing.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
+        stop = stop_on_signals()
+        stored_at = time.monotonic()
         while printed < args.max_messages and not stop.is_set():
             message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
             if message is None:
@@ -79,8 +80,9 @@ def main():
             else:
                 process(message, args.verbose)
                 printed += 1
-                if printed % 100 == 0:  # Also while there is always more to read. After each event would be slow.
+                if time.monotonic() > stored_at + 1:  # There is always more to read. After each event would be slow.
                     store_progress(consumer)
+                    stored_at = time.monotonic()
         store_progress(consumer)
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
@@ -98,8 +100,8 @@ def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception the program ends. The next run goes on where progress was last stored: up to 99 events
-    come again, and then this one. After a crash those since the last commit come again.
+    If it raises an exception the program ends. The next run goes on where progress was last stored: events of the
+    last second come again, and then this one. After a crash those since the last commit come again.
     """
     line = printable(message.value())
     if verbose:
@@ -289,8 +291,10 @@ def exit_after(seconds):
     """Ends the program after that time if the returned timer is not cancelled; a signal ends it at once."""
 
     def give_up():
-        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
-        os._exit(1)
+        try:
+            tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
+        finally:
+            os._exit(1)
 
     handle_signals(signal.SIG_DFL)
     timer = threading.Timer(seconds, give_up)

@@ -39,24 +39,25 @@ MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this
 def main():
     args = parse_arguments()
     try:
-        report = Report(args)
-        trouble = Trouble(report)  # The library calls it when a connection fails, or when it logs something.
+        run = Run(args.log_file)  # Writes to the log file and the terminal; says whether to stop.
+        trouble = Trouble(run)  # The library calls it when a connection fails, or when it logs something.
         # args.settings: SETTINGS, MORE_SETTINGS and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
-    except Exception as error:  # A setting or the log file is refused, by a KafkaException, TypeError, OSError or others.
+    except Exception as error:  # A setting or the log file is refused, by a KafkaException, TypeError or others.
         wrong_call(error)
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
-    report.write("Kafka Producer has been initiated...", sys.stdout)
-    stop_on_signals(report, producer)
+    run.write("Kafka Producer has been initiated...", sys.stdout)
+    stop_on_signals(run, producer)
 
     # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer becomes a
     # delivery report. 4. poll() passes it to on_delivery(): without it none arrive. So we wait in poll(), not sleep().
+    report = Report(run, args.quiet)
     start = time.monotonic()
     sent = 0
     try:
-        while sent < args.count and report.exit_status == 0:  # A failure and Ctrl-C set another exit status.
+        while sent < args.count and run.exit_status == 0:  # A failure and Ctrl-C set another exit status.
             # Each time we either wait or send one event.
             too_early = time.monotonic() < start + sent * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
@@ -70,11 +71,11 @@ def main():
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
                 sent += 1
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
-        report.on_exception(error)
+        run.fail(error, args.topic)
     finally:
-        wait_for_reports(producer, report)  # Polls until all reports have come, as producer.flush() usually does.
-        report.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
-    sys.exit(report.exit_status)
+        wait_for_reports(producer, run, args.topic)  # Polls until all have come, as producer.flush() usually does.
+        run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
+    sys.exit(run.exit_status)
 
 
 def registration(fake):
@@ -89,19 +90,13 @@ def registration(fake):
 
 
 class Report:
-    """What became of the events, in numbers, in the log file and on the terminal.
+    """What became of the events. delivered, failed: how many the broker has confirmed, and how many not."""
 
-    delivered, failed: how many events the broker has confirmed, and how many it has not.
-    exit_status: 0 as long as more events may be sent; otherwise the program's exit status.
-    """
-
-    def __init__(self, args):
-        self.topic = args.topic
-        self.quiet = args.quiet
-        self.log_file = open(args.log_file, "a", encoding="utf-8")
+    def __init__(self, run, quiet):
+        self.run = run
+        self.quiet = quiet
         self.delivered = 0
         self.failed = 0
-        self.exit_status = 0
 
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
@@ -111,39 +106,12 @@ class Report:
             self.delivered += 1
             # The offset is None if the event was sent again and the broker had it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
-            self.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
+            self.run.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
         else:
             self.failed += 1
-            self.stop(1)
+            self.run.stop(1)
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
-            self.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
-
-    def record(self, line, file, is_shown):
-        """Writes a line with date and time to the log file, and perhaps without to the terminal."""
-        self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
-        if is_shown:
-            self.write(line, file)
-
-    def on_exception(self, error):
-        self.fail(f"kafka_producer.py: can't write to topic {self.topic}: {reason(error)}")
-
-    def fail(self, line):
-        """Reports a failure, after which no more events are sent."""
-        self.stop(1)
-        self.write(line, sys.stderr)
-
-    def stop(self, status):
-        """Ends the sending. Of several statuses the first one counts."""
-        self.exit_status = self.exit_status or status
-
-    def write(self, line, file):
-        """Writes a line at once. If that is not possible, it is a failure too, and what follows is discarded."""
-        try:
-            print(line, file=file, flush=True)
-        except OSError as error:
-            discard(file)
-            name = "standard output" if file is sys.stdout else file.name
-            self.fail(f"kafka_producer.py: can't write to {name}: {error.strerror}")
+            self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -164,30 +132,62 @@ HINT = (
 )
 
 
+class Run:
+    """Writes to the log file and to the terminal, and knows whether to go on.
+
+    exit_status: 0 as long as more events may be sent; otherwise the program's exit status.
+    """
+
+    def __init__(self, log_file):
+        self.log_file = open(log_file, "a", encoding="utf-8")
+        self.exit_status = 0
+
+    def stop(self, status):
+        """Ends the sending. Of several statuses the first one counts."""
+        self.exit_status = self.exit_status or status
+
+    def fail(self, error, topic):
+        """Ends the sending because of an exception of the library."""
+        self.stop(1)
+        self.write(f"kafka_producer.py: can't write to topic {topic}: {reason(error)}", sys.stderr)
+
+    def record(self, line, file, is_shown):
+        """Writes a line with date and time to the log file, and perhaps without to the terminal."""
+        self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
+        if is_shown:
+            self.write(line, file)
+
+    def write(self, line, file):
+        """Writes a line at once. If that is not possible, it is told on stderr and ends the sending."""
+        try:
+            print(line, file=file, flush=True)
+        except OSError as error:
+            # From now on the file discards everything, also what Python still has to write to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            self.stop(1)
+            name = "standard output" if file is sys.stdout else file.name
+            self.write(f"kafka_producer.py: can't write to {name}: {error.strerror}", sys.stderr)
+
+
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    def __init__(self, report):
-        self.report = report
+    def __init__(self, run):
+        self.run = run
         self.silent_until = 0
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            self.report.write(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", sys.stderr)
+            self.run.write(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}", sys.stderr)
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
         if level == logging.DEBUG:
-            self.report.write(template % (facility, client, text), sys.stderr)
+            self.run.write(template % (facility, client, text), sys.stderr)
         elif facility == "CONFWARN" and "will be ignored" not in text:
-            self.report.write(text.partition("]: ")[2], sys.stderr)  # Without the name of the thread.
-
-
-def discard(file):
-    """Makes a file discard what is written to it from now on, and what Python still has to write to it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            self.run.write(text.partition("]: ")[2], sys.stderr)  # Without the name of the thread.
 
 
 def reason(error):
@@ -216,13 +216,13 @@ def find_topic(producer, topic):
     sys.exit(f"kafka_producer.py: {problem}")
 
 
-def stop_on_signals(report, producer):
+def stop_on_signals(run, producer):
     """Makes Ctrl-C and SIGTERM end the sending. A second one ends the program at once."""
 
     def on_signal(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        report.stop(128 + number)
+        run.stop(128 + number)
         # Drops what is not confirmed five seconds later; it is then reported as failed.
         timer = threading.Timer(5, producer.purge)
         timer.daemon = True
@@ -232,13 +232,13 @@ def stop_on_signals(report, producer):
     signal.signal(signal.SIGTERM, on_signal)
 
 
-def wait_for_reports(producer, report):
+def wait_for_reports(producer, run, topic):
     """Does what producer.flush() does, which loses a report if the library gives up for good meanwhile."""
     while len(producer) > 0:
         try:
             producer.poll(0.1)
         except KafkaException as error:
-            report.on_exception(error)
+            run.fail(error, topic)
 
 
 def properties(path):
