@@ -20,6 +20,7 @@ import pytest
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from local_cluster import COMPOSE_FILE, DATA, Cluster, free_port
+from xdist.scheduler import LoadScopeScheduling
 
 # In the background of a shell script Ctrl-C is ignored, also by all programs that are started there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,13 +36,43 @@ MARK = f"test-{uuid.uuid4().hex[:8]}"
 # Seconds after which a test gives up waiting, on a machine however busy; where less is promised, a test says so.
 LIMIT = 60
 INTERVAL = 0.02  # Seconds from one look to the next.
-# The files that take longest, the longest first: whichever came last would keep one worker busy after all others.
-LONGEST = ["test_readme", "test_local_cluster", "test_consumer_faults", "test_faults", "test_brokers"]
+# The files whose tests start clusters of their own, those that take longest first: whichever came last would keep one
+# worker busy after all others.
+OWN_CLUSTERS = ["test_readme", "test_consumer_faults", "test_absent_broker", "test_faults", "test_brokers"]
+OWN_CLUSTERS += ["test_local_cluster", "test_kafka_4", "test_security"]
 
 
 def pytest_collection_modifyitems(items):
     """Called by pytest with the tests in the order in which they are to run."""
-    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+    items.sort(key=lambda item: [*OWN_CLUSTERS, item.path.stem].index(item.path.stem))
+
+
+class Distribution(LoadScopeScheduling):
+    """One xdist worker runs all tests of each of these files, and any worker any other test.
+
+    xdist's own loadgroup does not find its groups with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return file if Path(file).stem in OWN_CLUSTERS else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Called by xdist."""
+    return Distribution(config, log)
+
+
+def pytest_configure_node(node):
+    """Called by xdist before it starts a worker: one cluster serves the tests of all that leave it as it is."""
+    node.workerinput["shared_cluster"] = EXTERNAL or cluster_of_all_workers(node.config).bootstrap_servers
+
+
+@functools.cache
+def cluster_of_all_workers(config):
+    clusters = contextlib.ExitStack()
+    config.add_cleanup(clusters.close)
+    return clusters.enter_context(new_cluster())
 
 
 def wait_until(condition, what, limit=LIMIT):
@@ -177,14 +208,19 @@ def copy_with_free_ports(compose_file, folder):
 
 
 @contextlib.contextmanager
-def new_cluster(compose_file=COMPOSE_FILE, **options):
+def new_cluster(compose_file=COMPOSE_FILE, tick_time=None, settings=None, **options):
     """A cluster in a folder of its own, which is deleted afterwards: `with new_cluster(settings={...}) as cluster:`.
 
+    tick_time: ZooKeeper's, in milliseconds, if it is to differ from the compose file's.
     options: those of Cluster.
     """
     folder = DATA / f"test-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
-    cluster = Cluster(copy_with_free_ports(compose_file, folder), folder, **options)
+    # Instead of fifty, which a broker looks through at each start.
+    settings = {"offsets.topic.num.partitions": "1", **(settings or {})}
+    cluster = Cluster(copy_with_free_ports(compose_file, folder), folder, settings, **options)
+    if tick_time and cluster.zookeeper:
+        cluster.zookeeper.environment["ZOOKEEPER_TICK_TIME"] = tick_time
     try:
         cluster.up()
         yield cluster
@@ -196,25 +232,25 @@ def new_cluster(compose_file=COMPOSE_FILE, **options):
 
 
 @pytest.fixture(scope="session")
-def shared_cluster():
-    """The cluster of the tests that leave it as it is."""
-    if EXTERNAL:
-        cluster = SimpleNamespace(
-            bootstrap_servers=EXTERNAL, client_config={"bootstrap.servers": EXTERNAL, "log_level": 0}
-        )
-        yield cluster
-        delete_topics_and_groups(cluster, MARK)
+def shared_cluster(pytestconfig):
+    """The cluster of the tests that leave it as it is: its bootstrap_servers and client_config."""
+    servers = getattr(pytestconfig, "workerinput", {}).get("shared_cluster", EXTERNAL)
+    if servers is None:
+        with new_cluster() as cluster:
+            yield cluster
         return
-    with new_cluster() as cluster:
-        yield cluster
+    cluster = SimpleNamespace(bootstrap_servers=servers, client_config={"bootstrap.servers": servers, "log_level": 0})
+    yield cluster
+    if EXTERNAL:
+        delete_topics_and_groups(cluster, MARK)
 
 
 @pytest.fixture(scope="session")
 def breakable_cluster():
     """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
     settings = {
-        # The shortest that ZooKeeper allows: a killed broker can't start again as long as its session lives.
-        "zookeeper.session.timeout.ms": "4000",
+        # A killed broker can't start again as long as its session with ZooKeeper lives, which is two ticks at least.
+        "zookeeper.session.timeout.ms": "2000",
         # With Kafka 4's group protocol a consumer hears of changes when it asks, every five seconds by default.
         "group.consumer.min.heartbeat.interval.ms": "200",
         "group.consumer.heartbeat.interval.ms": "200",
@@ -223,7 +259,7 @@ def breakable_cluster():
 
         @functools.cache
         def start(*compose_file):
-            return clusters.enter_context(new_cluster(*compose_file, settings=settings))
+            return clusters.enter_context(new_cluster(*compose_file, tick_time=1000, settings=settings))
 
         yield start
 
