@@ -12,10 +12,8 @@ import psutil
 import pytest
 from conftest import (
     EXTERNAL,
-    THREE_BROKERS,
     copy_with_free_ports,
     create_topic,
-    new_cluster,
     numbered,
     produce,
     read_topic,
@@ -37,11 +35,20 @@ def processes_of(folder):
     return found
 
 
-@pytest.fixture
-def compose_file(tmp_path):
-    copy = copy_with_free_ports(COMPOSE_FILE, tmp_path)
+@pytest.fixture(scope="module")
+def compose_file(tmp_path_factory):
+    """A cluster that the tests here start by the program, and stop in part or as a whole."""
+    copy = copy_with_free_ports(COMPOSE_FILE, tmp_path_factory.mktemp("compose"))
     yield copy
     run(copy, "down", "-v")
+
+
+@pytest.fixture
+def cluster(compose_file):
+    """The same one when it is up, as local_cluster.Cluster."""
+    cluster = Cluster(compose_file, data_of(compose_file))
+    assert run(compose_file, "up") == (0, f"Kafka answers at {cluster.bootstrap_servers}.\n", "")
+    return cluster
 
 
 def data_of(compose_file):
@@ -56,21 +63,13 @@ def run(compose_file, *command):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_up_status_logs_down(compose_file, topic):
-    folder = data_of(compose_file)
-    assert run(compose_file, "status") == (1, "zookeeper  not running\nbroker     not running\n", "")
-    cluster = Cluster(compose_file, folder)
-    status, out, _ = run(compose_file, "up")
-    assert status == 0
-    assert out.endswith(f"Kafka answers at {cluster.bootstrap_servers}.\n")
-    create_topic(cluster, topic)
-    produce(cluster, topic, numbered(5))
+def test_up_status_logs(compose_file, cluster):
     status, out, _ = run(compose_file, "status")
     assert status == 0
     assert re.fullmatch(r"zookeeper  running, pid \d+\nbroker     running, pid \d+\n", out)
-    running = processes_of(folder)
+    running = processes_of(cluster.folder)
     assert run(compose_file, "up")[0] == 0
-    assert processes_of(folder) == running  # It was up already.
+    assert processes_of(cluster.folder) == running  # It was up already.
 
     # All that it listens on is loopback.
     for process in running:
@@ -81,19 +80,9 @@ def test_up_status_logs_down(compose_file, topic):
     assert "zookeeper | " in out
     assert "broker    | " in out
 
-    assert run(compose_file, "down")[:2] == (0, "Stopped; topics and offsets are kept.\n")
-    assert processes_of(folder) == []
-    assert "shut down completed" in (folder / "broker.log").read_text()
-    assert run(compose_file, "up")[0] == 0
-    assert len(read_topic(cluster, topic)) == 5
-    assert run(compose_file, "down", "-v")[:2] == (0, "Stopped; topics and offsets are deleted.\n")
-    assert not folder.exists()
-    assert processes_of(folder) == []
 
-
-def test_up_asks_also_when_the_processes_are_there(compose_file):
-    assert run(compose_file, "up")[0] == 0
-    (broker,) = Cluster(compose_file, data_of(compose_file)).brokers
+def test_up_asks_also_when_the_processes_are_there(compose_file, cluster):
+    (broker,) = cluster.brokers
     broker.pause()
     try:
         with subprocess.Popen([sys.executable, PROGRAM, "-f", compose_file, "up"], stdout=subprocess.PIPE) as up:
@@ -105,37 +94,51 @@ def test_up_asks_also_when_the_processes_are_there(compose_file):
         broker.resume()
 
 
-def test_stop_and_start_one_of_three(tmp_path, topic):
-    compose_file = copy_with_free_ports(THREE_BROKERS, tmp_path)
-    cluster = Cluster(compose_file, data_of(compose_file))
-    try:
-        assert run(compose_file, "up")[1] == f"Kafka answers at {cluster.bootstrap_servers}.\n"
-        create_topic(cluster, topic, replicas=3)
-        _, before, _ = run(compose_file, "status")
-        assert run(compose_file, "stop", "broker-2")[:2] == (0, "broker-2 is stopped.\n")
-        produce(cluster, topic, numbered(10), acks="all")
-        status, out, _ = run(compose_file, "status")
-        assert status == 1
-        assert out == re.sub("broker-2   .*", "broker-2   not running", before)
-        assert run(compose_file, "start", "broker-2")[:2] == (0, "broker-2 answers.\n")
-        assert run(compose_file, "status")[0] == 0
-        assert run(compose_file, "stop", "broker-3")[0] == run(compose_file, "stop", "zookeeper")[0] == 0
-        assert run(compose_file, "start", "zookeeper")[:2] == (0, "zookeeper answers.\n")
-        # As `docker compose up` it starts what is missing, and leaves alone what is there.
-        assert run(compose_file, "up")[0] == 0
-        _, out, _ = run(compose_file, "status")
-        assert out.splitlines()[1] == before.splitlines()[1]
-        assert "not running" not in out
-        assert run(compose_file, "stop", "broker-9") == (
-            1,
-            "",
-            f"local_cluster.py: no service broker-9 in {compose_file}, only zookeeper, broker, broker-2, broker-3\n",
-        )
-    finally:
-        run(compose_file, "down", "-v")
-    status, out, err = run(compose_file, "start", "broker")
-    assert (status, out) == (1, "")
-    assert err == "local_cluster.py: broker was not part of the last `up`. Run `down`, then `up`.\n"
+def test_stop_and_start_one(compose_file, cluster):
+    _, before, _ = run(compose_file, "status")
+    assert run(compose_file, "start", "broker")[:2] == (0, "broker answers.\n")  # As it did.
+    assert run(compose_file, "stop", "broker")[:2] == (0, "broker is stopped.\n")
+    zookeeper = before.splitlines()[0]
+    assert run(compose_file, "status") == (1, f"{zookeeper}\nbroker     not running\n", "")
+    assert run(compose_file, "stop", "zookeeper")[:2] == (0, "zookeeper is stopped.\n")
+    assert run(compose_file, "start", "zookeeper")[:2] == (0, "zookeeper answers.\n")
+    running = processes_of(cluster.folder)
+    # As `docker compose up` it starts what is missing, and leaves alone what is there.
+    assert run(compose_file, "up")[0] == 0
+    assert len(processes_of(cluster.folder)) == 4
+    assert set(running) < set(processes_of(cluster.folder))
+    assert run(compose_file, "stop", "broker-9") == (
+        1,
+        "",
+        f"local_cluster.py: no service broker-9 in {compose_file}, only zookeeper, broker\n",
+    )
+
+
+def test_a_killed_broker_is_started_again(cluster, topic):
+    (broker,) = cluster.brokers
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(3))
+    (before,) = broker.processes()[1]
+    before.kill()
+    wait_until(lambda: not before.is_running(), "the death of the broker")
+    cluster.wait_until_ready()
+    assert broker.processes()[1] != [before]
+    assert len(read_topic(cluster, topic)) == 3
+
+
+def test_down_keeps_and_deletes(compose_file, cluster, topic):
+    create_topic(cluster, topic)
+    produce(cluster, topic, numbered(5))
+    assert run(compose_file, "down")[:2] == (0, "Stopped; topics and offsets are kept.\n")
+    assert processes_of(cluster.folder) == []
+    assert "shut down completed" in (cluster.folder / "broker.log").read_text()
+    assert run(compose_file, "status") == (1, "zookeeper  not running\nbroker     not running\n", "")
+    told = "local_cluster.py: broker was not part of the last `up`. Run `down`, then `up`.\n"
+    assert run(compose_file, "start", "broker") == (1, "", told)
+    assert run(compose_file, "up")[0] == 0
+    assert len(read_topic(cluster, topic)) == 5
+    assert run(compose_file, "down", "-v")[:2] == (0, "Stopped; topics and offsets are deleted.\n")
+    assert not cluster.folder.exists()
     assert processes_of(cluster.folder) == []
 
 
@@ -158,7 +161,8 @@ def test_a_file_that_is_of_no_use(tmp_path, text, told):
     assert err.startswith(f"local_cluster.py: {file} {told}")
 
 
-def test_a_taken_port(compose_file):
+def test_a_taken_port(tmp_path):
+    compose_file = copy_with_free_ports(COMPOSE_FILE, tmp_path)
     (port,) = Cluster(compose_file, data_of(compose_file)).ports
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
@@ -169,7 +173,8 @@ def test_a_taken_port(compose_file):
     assert err.startswith(f"local_cluster.py: port {port} is taken")
 
 
-def test_ctrl_c_during_up_leaves_nothing(compose_file):
+def test_ctrl_c_during_up_leaves_nothing(tmp_path):
+    compose_file = copy_with_free_ports(COMPOSE_FILE, tmp_path)
     command = [sys.executable, PROGRAM, "-f", compose_file, "up"]
     up = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(processes_of(data_of(compose_file))) >= 3, "processes of the cluster")
@@ -189,55 +194,36 @@ def test_a_broker_that_dies_at_its_start(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-def test_a_killed_broker_is_started_again(topic):
-    with new_cluster() as cluster:
-        create_topic(cluster, topic)
-        produce(cluster, topic, numbered(3))
-        (before,) = cluster.brokers[0].processes()[1]
-        before.kill()
-        wait_until(lambda: not before.is_running(), "the death of the broker")
-        cluster.wait_until_ready()
-        assert cluster.brokers[0].processes()[1] != [before]
-        assert len(read_topic(cluster, topic)) == 3
-        folder = cluster.folder
-    assert processes_of(folder) == []
-
-
 def test_shared_classes_help_and_are_no_must(tmp_path):
     cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path)
-    broker, zookeeper = cluster.brokers[0], cluster.zookeeper
-    broker.archive = tmp_path / "none-yet.jsa"
-    zookeeper.archive = tmp_path / "useless.jsa"
-    zookeeper.archive.write_text("no archive")
+    zookeeper = cluster.zookeeper
+    cluster.services = [zookeeper]  # It has fewer classes than a broker.
+    zookeeper.archive = tmp_path / "none-yet.jsa"
     try:
         cluster.up()
         # Another program may have been making one at that moment.
-        wait_until(lambda: broker.share_classes() or broker.archive.exists(), "the archive", limit=60)
-        broker.kill()
-        broker.start()
-        cluster.wait_until_ready()
-        assert f"-XX:SharedArchiveFile={broker.archive}" in broker.processes()[1][0].cmdline()
+        wait_until(lambda: zookeeper.share_classes() or zookeeper.archive.exists(), "the archive", limit=60)
+        for content in (None, "no archive"):
+            zookeeper.kill()
+            if content:
+                zookeeper.archive.write_text(content)
+            zookeeper.start()
+            cluster.wait_until_ready()
+            assert f"-XX:SharedArchiveFile={zookeeper.archive}" in zookeeper.processes()[1][0].cmdline()
     finally:
-        for service in cluster.services:
-            service.kill()
+        zookeeper.kill()
 
 
 def test_nothing_is_left_when_the_program_that_uses_it_is_killed(tmp_path):
     copy_with_free_ports(COMPOSE_FILE, tmp_path)
     code = (
         f"from local_cluster import *; folder = Path({str(tmp_path)!r}); "
-        "Cluster(folder / COMPOSE_FILE.name, folder).up(); print('up', flush=True); input()"
+        "Cluster(folder / COMPOSE_FILE.name, folder).up(); input()"
     )
-    program = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(PROGRAM),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert program.stdout.readline() == b"up\n"
-    assert len(processes_of(tmp_path)) == 4
-    program.kill()
-    program.communicate()
+    folder = os.path.dirname(PROGRAM)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdin=subprocess.PIPE) as program:
+        wait_until(lambda: len(processes_of(tmp_path)) == 4, "ZooKeeper, the broker and the keepers of both")
+        program.kill()
     wait_until(lambda: processes_of(tmp_path) == [], "the end of its processes")
 
 
