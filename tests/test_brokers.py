@@ -44,20 +44,20 @@ def test_topics_have_three_copies(scripts, topic, group, partitions):
 
 
 def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions):
-    """It stays away until the two others have all 20,000 events, and all are printed."""
+    """It stays away until the two others have all 8,000 events, and all are printed."""
     moments = random_moments("leader")
     create_topic(cluster, topic, replicas=3)
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_stderr("Got partitions")
-    order = order_of_people(scripts, cluster, f"{topic}-calm", 20_000)
+    order = order_of_people(scripts, cluster, f"{topic}-calm", 8_000)
     wait_for_copies(partitions, topic, "__consumer_offsets")
     leader = cluster.brokers[partitions(topic)[0].leader - 1]
-    producer = scripts.producer("-t", topic, "-c", 20_000, "-i", 0, *SAME_PEOPLE)
-    producer.wait_for_lines(moments.randint(500, 10_000))
+    producer = scripts.producer("-t", topic, "-c", 8_000, "-i", 0, *SAME_PEOPLE)
+    producer.wait_for_lines(moments.randint(500, 3_000))
     leader.kill()
     delivered = len(producer.lines) - 1
     print(f"{leader.name}, the leader, killed after {delivered} deliveries")
-    assert delivered < 20_000
+    assert delivered < 8_000
     assert_all_there_once(scripts, producer, cluster, topic, order)
     assert_all_printed(scripts, consumer, cluster, topic)
     assert not leader.is_running()

@@ -20,8 +20,8 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     scripts.folder.joinpath("short").write_text("session.timeout.ms=6000\n")
     consumer = scripts.consumer("-t", topic, "-G", group, "-F", "short")
     # Seven seconds or more, so that there is a commit before the end.
-    producer = scripts.producer("-t", topic, "-c", 20_000, "-i", 0.00035, "-q")
-    consumer.wait_for_lines(moments.randint(16_000, 19_000))
+    producer = scripts.producer("-t", topic, "-c", 10_000, "-i", 0.0007, "-q")
+    consumer.wait_for_lines(moments.randint(8_000, 9_500))
     consumer.process.kill()
     killed = time.time()
     first = len(consumer.wait_for_lines(0))
@@ -29,7 +29,7 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     assert producer.wait() == 0
     records = read_topic(cluster, topic)
     values = [record.value.decode() for record in records]
-    assert len(values) == 20_000
+    assert len(values) == 10_000
 
     again = scripts.consumer("-t", topic, "-G", group, "-F", "short")
     again.wait_for_lines(len(values) - first)
