@@ -61,7 +61,7 @@ def main():
             # new ones. The first rebalance gives us those that we begin with.
             consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=partitions.on_revoke)
         else:
-            # Takes all partitions, whatever the group does, and commits nothing.
+            # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
         stored_at = time.monotonic()
@@ -89,7 +89,7 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        partitions.closing = True
+        partitions.closing = True  # Now on_revoke() must not store: after an exception an event is not processed.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.
         timer.cancel()
@@ -101,7 +101,8 @@ def process(message, verbose):
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
     If it raises an exception the program ends. The next run goes on where progress was last stored: events of the
-    last second come again, and then this one. After a crash those since the last commit come again.
+    last second come again, and then this one. After a crash those since the last commit come again. So each event is
+    processed at least once.
     """
     line = printable(message.value())
     if verbose:
@@ -113,10 +114,12 @@ def process(message, verbose):
 def store_progress(consumer):
     """Sets, for each of our partitions, the stored offset to the position.
 
-    The events before the position must be processed: call it only between events.
+    Call it only between events. While one is being processed, the position is already after it.
     """
-    sys.stdout.flush()  # Print them before.
-    consumer.store_offsets(offsets=consumer.position(consumer.assignment()))
+    sys.stdout.flush()  # First the events must be out.
+    ours = consumer.assignment()
+    positions = consumer.position(ours)  # One for each partition.
+    consumer.store_offsets(offsets=positions)
 
 
 def handle_error(message, partitions):
@@ -166,7 +169,7 @@ class Partitions:
 
     def on_revoke(self, consumer, _):
         """A rebalance is about to take partitions away. The library then commits what is stored for them."""
-        if not self.closing:  # Also called in close(), when the last event may not be processed.
+        if not self.closing:  # Also called in close().
             store_progress(consumer)
 
     def are_read(self, consumer):

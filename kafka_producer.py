@@ -31,7 +31,7 @@ SETTINGS = {
     # already, and stores it only once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # Send a key to the same partition as producers written in Java do.
+    "partitioner": "murmur2_random",  # Choose the partition by a hash of the key, as producers written in Java do.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
 
@@ -51,8 +51,10 @@ def main():
     run.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(run, producer)
 
-    # 1. produce() puts an event into a queue. 2. A thread of the library sends it. 3. The broker's answer becomes a
-    # delivery report. 4. poll() passes it to on_delivery(): without it none arrive. So we wait in poll(), not sleep().
+    # 1. produce() puts an event into a queue.
+    # 2. A thread of the library sends it.
+    # 3. The broker's answer becomes a delivery report.
+    # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
     sent = 0
@@ -73,7 +75,7 @@ def main():
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         run.fail(error, args.topic)
     finally:
-        wait_for_reports(producer, run, args.topic)  # Polls until all have come, as producer.flush() usually does.
+        wait_for_reports(producer, run, args.topic)  # Like producer.flush(), but also after a fatal error.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
