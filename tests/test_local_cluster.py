@@ -209,7 +209,8 @@ def test_shared_classes_help_and_are_no_must(tmp_path):
                 zookeeper.archive.write_text(content)
             zookeeper.start()
             cluster.wait_until_ready()
-            assert f"-XX:SharedArchiveFile={zookeeper.archive}" in zookeeper.processes()[1][0].cmdline()
+            javas = wait_until(lambda: zookeeper.processes()[1], "ZooKeeper's Java")
+            assert f"-XX:SharedArchiveFile={zookeeper.archive}" in javas[0].cmdline()
     finally:
         zookeeper.kill()
 
