@@ -90,6 +90,7 @@ def main():
         failed = True
     finally:
         partitions.closing = True  # Now on_revoke() must not store: after an exception an event is not processed.
+        handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.
         timer.cancel()
@@ -277,8 +278,8 @@ def stop_on_signals():
     stop = threading.Event()
 
     def on_signal(*_):
-        stop.set()
         handle_signals(signal.SIG_DFL)
+        stop.set()
 
     handle_signals(on_signal)
     return stop
@@ -291,7 +292,7 @@ def handle_signals(handler):
 
 
 def exit_after(seconds):
-    """Ends the program after that time if the returned timer is not cancelled; a signal ends it at once."""
+    """Ends the program after that time if the returned timer is not cancelled."""
 
     def give_up():
         try:
@@ -299,7 +300,6 @@ def exit_after(seconds):
         finally:
             os._exit(1)
 
-    handle_signals(signal.SIG_DFL)
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
