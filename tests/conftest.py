@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     """Called by pytest before each test. The longest one, test_every_step, goes first when the cores are busy."""
     if "PYTEST_XDIST_WORKER" in os.environ and item.path.stem != "test_readme" and os.nice(0) == 0:
-        os.nice(5)
+        os.nice(19)
 
 
 class Distribution(LoadScopeScheduling):
