@@ -47,12 +47,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [*OWN_CLUSTERS, item.path.stem].index(item.path.stem))
 
 
-def pytest_runtest_setup(item):
-    """Called by pytest before each test. The longest one, test_every_step, goes first when the cores are busy."""
-    if "PYTEST_XDIST_WORKER" in os.environ and item.path.stem != "test_readme" and os.nice(0) == 0:
-        os.nice(19)
-
-
 class Distribution(LoadScopeScheduling):
     """One xdist worker runs all tests of each of these files, and any worker any other test.
 

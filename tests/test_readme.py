@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class Terminal:
         # A process of its own passes on what is typed and seen, so that nothing here has to read all the time.
         shell = "import pty; pty.spawn(['bash', '--norc', '--noediting', '-i'])"
         environment = {**os.environ, "PS1": "status $?\n", "PS2": "", "BASH_SILENCE_DEPRECATION_WARNING": "1"}
-        environment |= {"PIP_NO_COMPILE": "1", "PIP_PROGRESS_BAR": "off"}  # Faster.
+        # With this, pip finds that all is there. That it can be installed is shown by .ci/run.
+        environment |= {"PYTHONPATH": sysconfig.get_path("purelib")}
         with output.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", shell], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=file
