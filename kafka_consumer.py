@@ -4,6 +4,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import math
@@ -16,9 +17,11 @@ import time
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-# A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing.
+# A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing;
+# Kafka deletes events when they are older than a set time.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
-# A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them.
+# A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them. Every
+# group gets all events.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
 
@@ -29,7 +32,7 @@ SETTINGS = {
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # For each partition there are three offsets:
-# - position: after the last event that poll() has returned. In memory.
+# - position: after the last event that poll() has returned, for example 7 after event 6. In memory.
 # - stored: after the last event that is processed. In memory; store_progress() sets it.
 # - committed: what Kafka has of "stored". The next run begins there.
 # The committed offset is never ahead of our work, so no event is skipped. --config can't change these two settings:
@@ -57,8 +60,8 @@ def main():
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. In a rebalance poll() calls on_revoke() for partitions that we lose, and on_assign() for
-            # new ones. The first rebalance gives us those that we begin with.
+            # Joins the group. poll() calls on_assign() when a rebalance gives us partitions, and on_revoke() before it
+            # takes some away. on_revoke() stores our progress, so that the next owner begins after our last event.
             consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=partitions.on_revoke)
         else:
             # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
@@ -68,13 +71,13 @@ def main():
         while printed < args.max_messages and not stop.is_set():
             message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
             if message is None:
-                # We have caught up. Before we wait for more, store what is done.
+                # Nothing is ready. Before we wait, store what is done.
                 store_progress(consumer)
                 if args.exit and partitions.are_read(consumer):
                     break
                 message = consumer.poll(0.5)  # Waits for up to half a second.
             if message is None:
-                pass  # Still nothing.
+                pass  # Still nothing: try again.
             elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
             else:
@@ -89,7 +92,9 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        partitions.closing = True  # Now on_revoke() must not store: after an exception an event is not processed.
+        # close() calls on_revoke() too. If process() has failed, the position is already after that event, and to store
+        # it would skip the event.
+        partitions.closing = True
         handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.
@@ -101,9 +106,9 @@ def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception the program ends. The next run goes on where progress was last stored: events of the
-    last second come again, and then this one. After a crash those since the last commit come again. So each event is
-    processed at least once.
+    If it raises an exception, the program ends, and close() commits what was stored before: in the next run events of
+    the last second come again, and then this one. After kill -9 or a power cut, those since the last commit come again.
+    So each event is processed at least once.
     """
     line = printable(message.value())
     if verbose:
@@ -223,7 +228,8 @@ LASTING_ERRORS |= {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHO
 
 def tell(line):
     """Writes a line about the run to standard error. Standard output is for events alone."""
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # Nobody reads it any more.
+        print(line, file=sys.stderr)
 
 
 class Output(io.FileIO):
@@ -247,6 +253,7 @@ def available_topics(consumer, topic, must_exist):
     """Returns the names of all topics. Ends the program if no answer comes, or if the topic must exist and does not."""
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
+            consumer.poll(0)  # Calls error_cb if there was an error.
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
@@ -256,7 +263,6 @@ def available_topics(consumer, topic, must_exist):
             time.sleep(seconds / 3)  # A broker that has just started may not know it yet.
         except KafkaException:
             problem = "no answer from Kafka for 30 seconds"
-            consumer.poll(0)  # Calls error_cb.
     sys.exit(f"kafka_consumer.py: {problem}")
 
 
@@ -295,10 +301,8 @@ def exit_after(seconds):
     """Ends the program after that time if the returned timer is not cancelled."""
 
     def give_up():
-        try:
-            tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
-        finally:
-            os._exit(1)
+        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
+        os._exit(1)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

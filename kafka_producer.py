@@ -27,21 +27,26 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If a confirmation is lost, the library sends the event again. With idempotence the broker notices that it has it
-    # already, and stores it only once, and in order.
+    # If a confirmation is lost, the library sends the event again. With idempotence the broker recognizes that, so
+    # that the event is stored once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # Choose the partition by a hash of the key, as producers written in Java do.
+    "partitioner": "murmur2_random",  # By a hash of the key, as in Java; random only for events without a key.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
+# --config can't change these two. main() stops at that limit, so that the queue is never too full for produce().
+FIXED = {
+    "queue.buffering.max.messages": MAX_UNCONFIRMED,
+    "queue.buffering.max.kbytes": 2**31 - 1,
+}
 
 
 def main():
     args = parse_arguments()
     try:
-        run = Run(args.log_file)  # Writes to the log file and the terminal; says whether to stop.
+        run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
         trouble = Trouble(run)  # The library calls it when a connection fails, or when it logs something.
-        # args.settings: SETTINGS, MORE_SETTINGS and those of --config.
+        # args.settings: those above and below, and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
     except Exception as error:  # A setting or the log file is refused, by a KafkaException, TypeError or others.
         wrong_call(error)
@@ -57,11 +62,12 @@ def main():
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
-    sent = 0
+    queued = 0
     try:
-        while sent < args.count and run.exit_status == 0:  # A failure and Ctrl-C set another exit status.
-            # Each time we either wait or send one event.
-            too_early = time.monotonic() < start + sent * args.interval
+        # An event that fails, an output that fails and Ctrl-C set another exit status.
+        while queued < args.count and run.exit_status == 0:
+            # Each time we either wait or queue one event.
+            too_early = time.monotonic() < start + queued * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
@@ -71,10 +77,11 @@ def main():
                 value = json.dumps(event, ensure_ascii=False)
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Returns at once.
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
-                sent += 1
+                queued += 1
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         run.fail(error, args.topic)
     finally:
+        # Some events are still queued or unconfirmed. To end now could lose them.
         wait_for_reports(producer, run, args.topic)  # Like producer.flush(), but also after a fatal error.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
@@ -111,7 +118,7 @@ class Report:
             self.run.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
         else:
             self.failed += 1
-            self.run.stop(1)
+            self.run.stop(1)  # main() queues no more.
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
             self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
 
@@ -207,6 +214,7 @@ def find_topic(producer, topic):
     """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
+            producer.poll(0)  # Calls error_cb if there was an error.
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
             if error is None:
                 return
@@ -214,7 +222,6 @@ def find_topic(producer, topic):
             time.sleep(seconds / 3)  # It may be about to be created.
         except KafkaException:
             problem = "no answer from Kafka for 30 seconds"
-            producer.poll(0)  # Calls error_cb.
     sys.exit(f"kafka_producer.py: {problem}")
 
 
@@ -281,12 +288,9 @@ def parse_arguments():
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
     args.count = args.count or math.inf
-    args.settings = SETTINGS | MORE_SETTINGS | args.config
+    args.settings = SETTINGS | MORE_SETTINGS | args.config | FIXED
     if args.bootstrap_servers:
         args.settings["bootstrap.servers"] = args.bootstrap_servers
-    # Only MAX_UNCONFIRMED limits the queue: main() relies on it, whatever --config says.
-    args.settings["queue.buffering.max.messages"] = MAX_UNCONFIRMED
-    args.settings["queue.buffering.max.kbytes"] = 2**31 - 1
     return args
 
 
