@@ -32,10 +32,12 @@ SETTINGS = {
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # For each partition there are three offsets:
-# - position: after the last event that poll() has returned, for example 7 after event 6. In memory.
+# - position: after the last event that poll() has returned. In memory.
 # - stored: after the last event that is processed. In memory; store_progress() sets it.
 # - committed: what Kafka has of "stored". The next run begins there.
-# The committed offset is never ahead of our work, so no event is skipped. --config can't change these two settings:
+# When poll() has returned event 6, the position is 7, and "stored" still 6. After event 6 is processed, 7 is stored, and
+# committed within five seconds. "Committed" is never ahead of our work, so no event is skipped.
+# --config can't change these two settings; --from-offset switches commits off:
 FIXED = {
     "enable.auto.offset.store": False,  # By default poll() sets "stored", before the event is processed.
     "enable.auto.commit": True,  # The library sends "stored" to Kafka every five seconds, and in close().
@@ -67,11 +69,12 @@ def main():
             # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
+        # We store progress before we wait, once a second when there is no need to wait, and at the end.
         stored_at = time.monotonic()
         while printed < args.max_messages and not stop.is_set():
             message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
             if message is None:
-                # Nothing is ready. Before we wait, store what is done.
+                # Nothing is ready, and after this we wait.
                 store_progress(consumer)
                 if args.exit and partitions.are_read(consumer):
                     break
@@ -83,7 +86,7 @@ def main():
             else:
                 process(message, args.verbose)
                 printed += 1
-                if time.monotonic() > stored_at + 1:  # There is always more to read. After each event would be slow.
+                if time.monotonic() > stored_at + 1:  # After each event would be slow.
                     store_progress(consumer)
                     stored_at = time.monotonic()
         store_progress(consumer)
@@ -92,8 +95,8 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        # close() calls on_revoke() too. If process() has failed, the position is already after that event, and to store
-        # it would skip the event.
+        # If process() has raised an exception, the position is already after that event. close() calls on_revoke(),
+        # which would store that position, and so skip the event. This makes it not store.
         partitions.closing = True
         handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.

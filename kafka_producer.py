@@ -27,14 +27,14 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If a confirmation is lost, the library sends the event again. With idempotence the broker recognizes that, so
-    # that the event is stored once, and in order.
+    # If a confirmation is lost, the library sends the event again. With idempotence the broker recognizes the
+    # repeated event and stores it only once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # By a hash of the key, as in Java; random only for events without a key.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
-# --config can't change these two. main() stops at that limit, so that the queue is never too full for produce().
+# --config can't change these two. main() waits at that limit, so that the queue is never too full for produce().
 FIXED = {
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,
@@ -64,8 +64,7 @@ def main():
     start = time.monotonic()
     queued = 0
     try:
-        # An event that fails, an output that fails and Ctrl-C set another exit status.
-        while queued < args.count and run.exit_status == 0:
+        while queued < args.count and not run.stopped:  # By a failure or Ctrl-C.
             # Each time we either wait or queue one event.
             too_early = time.monotonic() < start + queued * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
@@ -81,8 +80,9 @@ def main():
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         run.fail(error, args.topic)
     finally:
-        # Some events are still queued or unconfirmed. To end now could lose them.
-        wait_for_reports(producer, run, args.topic)  # Like producer.flush(), but also after a fatal error.
+        # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
+        # len(producer) is 0. The usual call for that is producer.flush(), but it can lose a report.
+        wait_for_reports(producer, run, args.topic)
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
@@ -144,12 +144,16 @@ HINT = (
 class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
-    exit_status: 0 as long as more events may be sent; otherwise the program's exit status.
+    exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
     """
 
     def __init__(self, log_file):
         self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
+
+    @property
+    def stopped(self):
+        return self.exit_status != 0
 
     def stop(self, status):
         """Ends the sending. Of several statuses the first one counts."""
@@ -242,7 +246,7 @@ def stop_on_signals(run, producer):
 
 
 def wait_for_reports(producer, run, topic):
-    """Does what producer.flush() does, which loses a report if the library gives up for good meanwhile."""
+    """Does what producer.flush() does, which loses a report if the library has a fatal error meanwhile."""
     while len(producer) > 0:
         try:
             producer.poll(0.1)
