@@ -35,7 +35,7 @@ SETTINGS = {
 # - position: after the last event that poll() has returned. In memory.
 # - stored: after the last event that is processed. In memory; store_progress() sets it.
 # - committed: what Kafka has of "stored". The next run begins there.
-# When poll() has returned event 6, the position is 7, and "stored" still 6. After event 6 is processed, 7 is stored, and
+# When poll() has returned event 6, the position is 7, and "stored" still 6. Once it is processed, 7 is stored, and
 # committed within five seconds. "Committed" is never ahead of our work, so no event is skipped.
 # --config can't change these two settings; --from-offset switches commits off:
 FIXED = {
