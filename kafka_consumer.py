@@ -31,16 +31,12 @@ SETTINGS = {
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# For each partition there are three offsets:
-# - position: after the last event that poll() has returned. In memory.
-# - stored: after the last event that is processed. In memory; store_progress() sets it.
-# - committed: what Kafka has of "stored". The next run begins there.
-# When poll() has returned event 6, the position is 7, and "stored" still 6. Once it is processed, 7 is stored, and
-# committed within five seconds. "Committed" is never ahead of our work, so no event is skipped.
-# --config can't change these two settings; --from-offset switches commits off:
+# Our progress in a partition is the offset after the last event that is processed: 7 after event 6. We store it in the
+# memory of the library, which commits it within five seconds: sends it to Kafka. So the committed offset is never ahead
+# of our work, and no event is skipped. --config can't change these two settings; --from-offset switches commits off.
 FIXED = {
-    "enable.auto.offset.store": False,  # By default poll() sets "stored", before the event is processed.
-    "enable.auto.commit": True,  # The library sends "stored" to Kafka every five seconds, and in close().
+    "enable.auto.offset.store": False,  # By default poll() stores it, before the event is processed.
+    "enable.auto.commit": True,
 }
 
 
@@ -58,13 +54,18 @@ def main():
     topics = available_topics(consumer, args.topic, must_exist)
     tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
 
+    done = {}  # For each partition the last event that is processed, but not yet stored.
     printed = 0
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. poll() calls on_assign() when a rebalance gives us partitions, and on_revoke() before it
-            # takes some away. on_revoke() stores our progress, so that the next owner begins after our last event.
-            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=partitions.on_revoke)
+            # Joins the group. poll() calls on_assign when a rebalance gives us partitions, and on_revoke before
+            # it takes them away. Then we store our progress, so that the next owner begins after our last event.
+            consumer.subscribe(
+                [args.topic],
+                on_assign=partitions.on_assign,
+                on_revoke=lambda *_: store_progress(consumer, done),
+            )
         else:
             # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
@@ -75,29 +76,28 @@ def main():
             message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
             if message is None:
                 # Nothing is ready, and after this we wait.
-                store_progress(consumer)
+                store_progress(consumer, done)
                 if args.exit and partitions.are_read(consumer):
                     break
                 message = consumer.poll(0.5)  # Waits for up to half a second.
             if message is None:
-                pass  # Still nothing: try again.
-            elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
+                continue
+            if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
-            else:
-                process(message, args.verbose)
-                printed += 1
-                if time.monotonic() > stored_at + 1:  # After each event would be slow.
-                    store_progress(consumer)
-                    stored_at = time.monotonic()
-        store_progress(consumer)
+                continue
+            process(message, args.verbose)
+            done[message.partition()] = message
+            printed += 1
+            if time.monotonic() > stored_at + 1:  # After each event would be slow.
+                store_progress(consumer, done)
+                stored_at = time.monotonic()
+        store_progress(consumer, done)
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        # If process() has raised an exception, the position is already after that event. close() calls on_revoke(),
-        # which would store that position, and so skip the event. This makes it not store.
-        partitions.closing = True
+        done.clear()  # After a failure, these events may not be written out. They come again.
         handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.
@@ -120,15 +120,12 @@ def process(message, verbose):
     print(line)
 
 
-def store_progress(consumer):
-    """Sets, for each of our partitions, the stored offset to the position.
-
-    Call it only between events. While one is being processed, the position is already after it.
-    """
+def store_progress(consumer, done):
+    """Stores for each partition where to go on. done: {number of the partition: last processed Message}; is emptied."""
     sys.stdout.flush()  # First the events must be out.
-    ours = consumer.assignment()
-    positions = consumer.position(ours)  # One for each partition.
-    consumer.store_offsets(offsets=positions)
+    for message in done.values():
+        consumer.store_offsets(message)  # Stores its offset plus 1.
+    done.clear()
 
 
 def handle_error(message, partitions):
@@ -157,13 +154,11 @@ HINT = (
 class Partitions:
     """What the library calls in a rebalance; and, for --exit, which of our partitions are read to the end.
 
-    closing: whether the program is about to end.
     at_end: the numbers of the partitions that are read to the end.
     nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
     """
 
     def __init__(self):
-        self.closing = False
         self.at_end = set()
         self.nothing_since = math.inf
 
@@ -175,11 +170,6 @@ class Partitions:
         self.nothing_since = math.inf if have else time.monotonic()
         names = ", ".join(str(number) for number in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
-
-    def on_revoke(self, consumer, _):
-        """A rebalance is about to take partitions away. The library then commits what is stored for them."""
-        if not self.closing:  # Also called in close().
-            store_progress(consumer)
 
     def are_read(self, consumer):
         """Returns True if each is read to the end. If we have none, we wait ten seconds for another rebalance."""
