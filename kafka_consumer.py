@@ -31,11 +31,12 @@ SETTINGS = {
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# Our progress in a partition is the offset after the last event that is processed: 7 after event 6. We store it in the
-# memory of the library, which commits it within five seconds: sends it to Kafka. So the committed offset is never ahead
-# of our work, and no event is skipped. --config can't change these two settings; --from-offset switches commits off.
+# 1. poll() returns event 6. 2. We process it. 3. store_offsets() notes in memory that we go on at offset 7. 4. The
+# library commits 7, that is, sends it to Kafka: within five seconds, before a rebalance takes the partition away, and
+# in close(). So the committed offset is never ahead of our work, and no event is skipped.
+# --config can't change these two settings; --from-offset switches commits off.
 FIXED = {
-    "enable.auto.offset.store": False,  # By default poll() stores it, before the event is processed.
+    "enable.auto.offset.store": False,  # By default poll() does step 3, before the event is processed.
     "enable.auto.commit": True,
 }
 
@@ -70,34 +71,30 @@ def main():
             # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
-        # We store progress before we wait, once a second when there is no need to wait, and at the end.
         stored_at = time.monotonic()
         while printed < args.max_messages and not stop.is_set():
-            message = consumer.poll(0)  # The next event, if the library has already read it ahead. Otherwise None.
+            # A thread of the library reads events ahead. poll() returns the next, or None if none comes in that time.
+            message = consumer.poll(0 if done else 0.5)  # Wait only when all is stored.
             if message is None:
-                # Nothing is ready, and after this we wait.
                 store_progress(consumer, done)
                 if args.exit and partitions.are_read(consumer):
                     break
-                message = consumer.poll(0.5)  # Waits for up to half a second.
-            if message is None:
-                continue
-            if message.error():  # Not an event, but a problem, or with --exit the end of a partition.
+            elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
-                continue
-            process(message, args.verbose)
-            done[message.partition()] = message
-            printed += 1
-            if time.monotonic() > stored_at + 1:  # After each event would be slow.
-                store_progress(consumer, done)
-                stored_at = time.monotonic()
+            else:
+                process(message, args.verbose)
+                done[message.partition()] = message
+                printed += 1
+                if time.monotonic() > stored_at + 1:  # There is much to read. After each event would be slow.
+                    store_progress(consumer, done)
+                    stored_at = time.monotonic()
         store_progress(consumer, done)
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        done.clear()  # After a failure, these events may not be written out. They come again.
+        done.clear()  # After a failure these may not be written out. close() calls on_revoke, which would store them.
         handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
         timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
         consumer.close()  # Commits what is stored, and leaves the group.

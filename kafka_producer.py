@@ -31,10 +31,11 @@ SETTINGS = {
     # repeated event and stores it only once, and in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # By a hash of the key, as in Java; random only for events without a key.
+    "partitioner": "murmur2_random",  # By a hash of the key, as Java programs do it; at random without a key.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
-# --config can't change these two. main() waits at that limit, so that the queue is never too full for produce().
+# With a full queue produce() raises BufferError. main() waits before that, by the number of events; this switches the
+# limit by size off. --config can't change these two.
 FIXED = {
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,
@@ -73,7 +74,7 @@ def main():
             else:
                 event = registration(fake)
                 key = str(event["user_id"])
-                value = json.dumps(event, ensure_ascii=False)
+                value = json.dumps(event, ensure_ascii=False)  # Kafka stores bytes: produce() encodes it in UTF-8.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Returns at once.
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
                 queued += 1
@@ -81,7 +82,7 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0. The usual call for that is producer.flush(), but it can lose a report.
+        # len(producer) is 0. It is like producer.flush(), but also survives a fatal error.
         wait_for_reports(producer, run, args.topic)
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
