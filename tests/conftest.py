@@ -19,7 +19,7 @@ import psutil
 import pytest
 from confluent_kafka import KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
-from local_cluster import COMPOSE_FILE, DATA, Cluster, free_port
+from local_cluster import COMPOSE_FILE, DATA, KAFKA_VERSIONS, Cluster, class_path, free_port
 from xdist.scheduler import LoadScopeScheduling
 
 # In the background of a shell script Ctrl-C is ignored, also by all programs that are started there.
@@ -70,6 +70,8 @@ def pytest_configure_node(node):
 
 @functools.cache
 def cluster_of_all_workers(config):
+    for version in KAFKA_VERSIONS.values():
+        class_path(version)  # A download beside the tests could take longer than a test may.
     clusters = contextlib.ExitStack()
     config.add_cleanup(clusters.close)
     return clusters.enter_context(new_cluster())
