@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import logging
-import math
 import os
 import re
 import signal
@@ -33,7 +32,7 @@ SETTINGS = {
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # 1. poll() returns event 6. 2. We process it. 3. store_offsets() notes in memory that we go on at offset 7. 4. The
 # library commits 7, that is, sends it to Kafka: within five seconds, before a rebalance takes the partition away, and
-# in close(). So the committed offset is never ahead of our work, and no event is skipped.
+# in close(). So the committed offset is never ahead of our work: no event is skipped, but some may come twice.
 # --config can't change these two settings; --from-offset switches commits off.
 FIXED = {
     "enable.auto.offset.store": False,  # By default poll() does step 3, before the event is processed.
@@ -43,72 +42,71 @@ FIXED = {
 
 def main():
     args = parse_arguments()
-    partitions = Partitions()
-    trouble = Trouble()  # Reports what goes wrong with connections, commits and settings.
+    trouble = Trouble()  # Tells what goes wrong with connections, commits and settings.
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     try:
         consumer = Consumer(args.settings | hooks)  # args.settings: those above and those of --config.
-    except Exception as error:  # A setting is refused, by a KafkaException, TypeError, AttributeError or others.
-        wrong_call(error)
+    except Exception as error:
+        wrong_call(error)  # Says which setting is refused, and ends the program.
     tell("Kafka Consumer has been initiated...")
-    must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes the topic.
-    topics = available_topics(consumer, args.topic, must_exist)
-    tell(f"Available topics to consume: {', '.join(topics) or 'none yet'}")
+    show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
-    done = {}  # For each partition the last event that is processed, but not yet stored.
+    partitions = Partitions()
+    unstored = {}  # For each partition the last event that is processed, while its offset is not stored.
     printed = 0
     failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. poll() calls on_assign when a rebalance gives us partitions, and on_revoke before
-            # it takes them away. Then we store our progress, so that the next owner begins after our last event.
+            # Joins the group. A rebalance gives us partitions: poll() then calls on_assign, which prints their numbers.
+            # Before one takes them away poll() calls on_revoke: the next owner is to begin after our last event.
             consumer.subscribe(
                 [args.topic],
                 on_assign=partitions.on_assign,
-                on_revoke=lambda *_: store_progress(consumer, done),
+                on_revoke=lambda *_: store_progress(consumer, unstored),
             )
         else:
-            # Takes all partitions, whatever the group does. parse_arguments() has switched commits off.
+            # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
-        stored_at = time.monotonic()
+        store_at = time.monotonic() + 1
         while printed < args.max_messages and not stop.is_set():
             # A thread of the library reads events ahead. poll() returns the next, or None if none comes in that time.
-            message = consumer.poll(0 if done else 0.5)  # Wait only when all is stored.
+            message = consumer.poll(0 if unstored else 0.5)  # We wait only when all is stored.
+            if message is None or time.monotonic() > store_at:  # After each event would be slow.
+                store_progress(consumer, unstored)
+                store_at = time.monotonic() + 1
             if message is None:
-                store_progress(consumer, done)
                 if args.exit and partitions.are_read(consumer):
                     break
             elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
             else:
                 process(message, args.verbose)
-                done[message.partition()] = message
+                unstored[message.topic(), message.partition()] = message  # Stands for those before it, too.
                 printed += 1
-                if time.monotonic() > stored_at + 1:  # There is much to read. After each event would be slow.
-                    store_progress(consumer, done)
-                    stored_at = time.monotonic()
-        store_progress(consumer, done)
+        store_progress(consumer, unstored)
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        done.clear()  # After a failure these may not be written out. close() calls on_revoke, which would store them.
-        handle_signals(signal.SIG_DFL)  # From now on Ctrl-C ends the program at once.
-        timer = exit_after(8)  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-        consumer.close()  # Commits what is stored, and leaves the group.
-        timer.cancel()
+        # After a failure some events may not be written out. close() calls on_revoke, which must not store them, so
+        # that they come again in the next run.
+        unstored.clear()
+        with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
+            consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if failed or trouble.commit_failed else 0)
 
 
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    It must return within five minutes (max.poll.interval.ms), or the group gives the partition to another consumer.
-    If it raises an exception, the program ends, and close() commits what was stored before: in the next run events of
-    the last second come again, and then this one. After kill -9 or a power cut, those since the last commit come again.
-    So each event is processed at least once.
+    When it returns, the event must be done with, since its offset may be stored next. (What is printed is written out
+    first, by store_progress().) Each event is processed at least once. It comes again in these cases:
+    - It raises an exception. The program ends, and the next run begins with the events of the last second.
+    - The program is killed, or the power fails: the next run begins at the committed offset.
+    - It takes more than five minutes (max.poll.interval.ms), or we lose the connection for 45 seconds. The group then
+      gives our partitions to another consumer, which begins at the committed offset.
     """
     line = printable(message.value())
     if verbose:
@@ -117,19 +115,19 @@ def process(message, verbose):
     print(line)
 
 
-def store_progress(consumer, done):
-    """Stores for each partition where to go on. done: {number of the partition: last processed Message}; is emptied."""
-    sys.stdout.flush()  # First the events must be out.
-    for message in done.values():
+def store_progress(consumer, unstored):
+    """Stores in the library's memory where to go on in each partition. unstored: see main(); it is emptied."""
+    sys.stdout.flush()  # First what is printed must be written out.
+    for message in unstored.values():
         consumer.store_offsets(message)  # Stores its offset plus 1.
-    done.clear()
+    unstored.clear()
 
 
 def handle_error(message, partitions):
     """Handles what poll() returns besides events. Raises KafkaException for a problem that retrying can't solve."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        partitions.at_end.add(message.partition())
+        partitions.at_end.add(TopicPartition(message.topic(), message.partition()))
     elif error.code() in LASTING_ERRORS:
         raise KafkaException(error)
     else:
@@ -140,7 +138,7 @@ def handle_error(message, partitions):
 
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "fetch.queue.backoff.ms": 10,  # When 100,000 events are read ahead, pause for 10 ms. The usual second is slow.
+    "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
@@ -149,36 +147,32 @@ HINT = (
 
 
 class Partitions:
-    """What the library calls in a rebalance; and, for --exit, which of our partitions are read to the end.
+    """What the library calls in a rebalance; and, for --exit, whether our partitions are read to the end.
 
-    at_end: the numbers of the partitions that are read to the end.
-    nothing_since: when a rebalance left us without partitions, in the time of time.monotonic(), or infinity.
+    at_end: a set of TopicPartitions, those that are read to the end.
+    wait_until: how long to wait for partitions while we have none, in the time of time.monotonic().
     """
 
     def __init__(self):
         self.at_end = set()
-        self.nothing_since = math.inf
+        self.wait_until = time.monotonic() + 60
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
-        new = numbers(partitions)
-        have = new | numbers(consumer.assignment())  # By some protocols we keep others.
-        self.at_end -= new
-        self.nothing_since = math.inf if have else time.monotonic()
-        names = ", ".join(str(number) for number in sorted(have))
+        have = {*partitions, *consumer.assignment()}  # By some protocols we keep others.
+        self.at_end -= set(partitions)
+        if not have:
+            self.wait_until = time.monotonic() + 10
+        names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def are_read(self, consumer):
-        """Returns True if each is read to the end. If we have none, we wait ten seconds for another rebalance."""
-        have = numbers(consumer.assignment())
-        if not have:
-            return time.monotonic() > self.nothing_since + 10
-        return have.issubset(self.at_end)
-
-
-def numbers(partitions):
-    """Returns the numbers of a list of TopicPartitions as a set."""
-    return {partition.partition for partition in partitions}
+        """Returns True if each is read to the end, or if we had none for a while: others of the group read them."""
+        have = consumer.assignment()
+        if have:
+            self.wait_until = time.monotonic() + 60
+            return self.at_end.issuperset(have)
+        return time.monotonic() > self.wait_until
 
 
 class Trouble:
@@ -239,20 +233,23 @@ def wrong_call(error):
     sys.exit(2)
 
 
-def available_topics(consumer, topic, must_exist):
-    """Returns the names of all topics. Ends the program if no answer comes, or if the topic must exist and does not."""
+def show_topics(consumer, args):
+    """Prints which topics there are. Ends the program if there is no answer, or no topic where there must be one."""
+    must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes it.
+    problem = "no answer from Kafka for 30 seconds"
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
             consumer.poll(0)  # Calls error_cb if there was an error.
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
-            error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
-            if error is None or not must_exist:
-                return names
-            problem = f"can't read topic {topic}: {error.str()}"
-            time.sleep(seconds / 3)  # A broker that has just started may not know it yet.
+            error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
         except KafkaException:
-            problem = "no answer from Kafka for 30 seconds"
+            continue  # The time is over. Perhaps the next try has more luck.
+        if error is None or not must_exist:
+            tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
+            return
+        problem = f"can't read topic {args.topic}: {error.str()}"
+        time.sleep(seconds / 3)  # A broker that has just started may not know it yet.
     sys.exit(f"kafka_consumer.py: {problem}")
 
 
@@ -287,17 +284,20 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-def exit_after(seconds):
-    """Ends the program after that time if the returned timer is not cancelled."""
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Ends the program if what is in the with block takes longer; Ctrl-C and SIGTERM end it at once."""
 
     def give_up():
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
         os._exit(1)
 
+    handle_signals(signal.SIG_DFL)
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
-    return timer
+    yield
+    timer.cancel()
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.

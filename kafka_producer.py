@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 
 from confluent_kafka import KafkaException, Producer
@@ -27,15 +26,19 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If a confirmation is lost, the library sends the event again. With idempotence the broker recognizes the
-    # repeated event and stores it only once, and in order.
+    # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
+    # not store it a second time, and the order stays.
     "enable.idempotence": True,
+    # Send a broker one request at a time. With more, an event may be stored twice when another broker takes over
+    # (librdkafka issue 4953).
+    "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # By a hash of the key, as Java programs do it; at random without a key.
+    "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
-# With a full queue produce() raises BufferError. main() waits before that, by the number of events; this switches the
-# limit by size off. --config can't change these two.
+# The library's queue has a limit by number and one by size. When it is full, produce() raises BufferError. main() keeps
+# the number below the limit; the limit by size is lifted. (The largest events have 1 MB: 10,000 of them are 10 GB.)
+# --config can't change these two.
 FIXED = {
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,
@@ -49,13 +52,13 @@ def main():
         trouble = Trouble(run)  # The library calls it when a connection fails, or when it logs something.
         # args.settings: those above and below, and those of --config.
         producer = Producer(args.settings | {"error_cb": trouble.on_error, "logger": trouble})
-    except Exception as error:  # A setting or the log file is refused, by a KafkaException, TypeError or others.
-        wrong_call(error)
+    except Exception as error:
+        wrong_call(error)  # Says which setting or file is refused, and ends the program.
     fake = Faker(use_weighting=False)  # Three times as fast, but rare names come up as often as others.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
     run.write("Kafka Producer has been initiated...", sys.stdout)
-    stop_on_signals(run, producer)
+    stop_on_signals(run)
 
     # 1. produce() puts an event into a queue.
     # 2. A thread of the library sends it.
@@ -82,7 +85,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0. It is like producer.flush(), but also survives a fatal error.
+        # len(producer) is 0, or gives them up five seconds after Ctrl-C. Other programs call producer.flush(), which
+        # is nearly the same.
         wait_for_reports(producer, run, args.topic)
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
@@ -129,11 +133,8 @@ class Report:
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
-    # One request to a broker at a time. With more, an event may be stored twice when another broker takes over
-    # (librdkafka issue 4953).
-    "max.in.flight.requests.per.connection": 1,
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
-    # minutes, which is nearly the most that is possible.
+    # minutes; the library can't count to more than 35.
     "topic.metadata.propagation.max.ms": 2_000_000,
 }
 HINT = (
@@ -146,11 +147,13 @@ class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
     exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
+    give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
     """
 
     def __init__(self, log_file):
         self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
+        self.give_up_at = math.inf
 
     @property
     def stopped(self):
@@ -217,30 +220,28 @@ def wrong_call(error):
 
 def find_topic(producer, topic):
     """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
+    problem = "no answer from Kafka for 30 seconds"
     for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
         try:
             producer.poll(0)  # Calls error_cb if there was an error.
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
-            if error is None:
-                return
-            problem = f"can't write to topic {topic}: {error.str()}"
-            time.sleep(seconds / 3)  # It may be about to be created.
         except KafkaException:
-            problem = "no answer from Kafka for 30 seconds"
+            continue  # The time is over. Perhaps the next try has more luck.
+        if error is None:
+            return
+        problem = f"can't write to topic {topic}: {error.str()}"
+        time.sleep(seconds / 3)  # It may be about to be created.
     sys.exit(f"kafka_producer.py: {problem}")
 
 
-def stop_on_signals(run, producer):
+def stop_on_signals(run):
     """Makes Ctrl-C and SIGTERM end the sending. A second one ends the program at once."""
 
     def on_signal(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         run.stop(128 + number)
-        # Drops what is not confirmed five seconds later; it is then reported as failed.
-        timer = threading.Timer(5, producer.purge)
-        timer.daemon = True
-        timer.start()
+        run.give_up_at = time.monotonic() + 5
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -249,6 +250,8 @@ def stop_on_signals(run, producer):
 def wait_for_reports(producer, run, topic):
     """Does what producer.flush() does, which loses a report if the library has a fatal error meanwhile."""
     while len(producer) > 0:
+        if time.monotonic() > run.give_up_at:
+            producer.purge()  # What is not confirmed is reported as failed.
         try:
             producer.poll(0.1)
         except KafkaException as error:

@@ -86,6 +86,18 @@ def test_another_consumer_joins_and_leaves_in_mid_run(scripts, consumer, cluster
     assert first.end() == 0
 
 
+@pytest.mark.long
+def test_exit_when_the_other_consumer_has_all_partitions(consumer, cluster, topic, group):
+    """With the new protocol the library does not say that there are none for us; so it ends after a minute."""
+    create_topic(cluster, topic)
+    first = consumer("consumer", "-t", topic, "-G", group)
+    first.wait_for_stderr("Got partitions: 0")
+    second = consumer("consumer", "-t", topic, "-G", group, "--exit")
+    assert second.wait(75) == 0
+    assert second.stderr.splitlines()[-1] == "Printed 0 events. Closing."
+    assert first.end() == 0
+
+
 def test_broker_killed_and_back_in_mid_run(scripts, consumer, cluster, topic, group, request):
     """The topic, the log, the terminal and consumers with either protocol have every event once."""
     moments = random_moments(request.node.name)
