@@ -30,13 +30,16 @@ SETTINGS = {
     "group.id": "python-consumer",
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# 1. poll() returns event 6. 2. We process it. 3. store_offsets() notes in memory that we go on at offset 7. 4. The
-# library commits 7, that is, sends it to Kafka: within five seconds, before a rebalance takes the partition away, and
-# in close(). So the committed offset is never ahead of our work: no event is skipped, but some may come twice.
-# --config can't change these two settings; --from-offset switches commits off.
+# 1. poll() returns event 6.
+# 2. process() handles it.
+# 3. store_offsets() notes in the memory of the library that we go on at offset 7.
+# 4. The library commits 7, that is, sends it to Kafka: every five seconds, before a rebalance takes the partition away,
+#    and in close().
+# If the program is killed before step 4, event 6 comes again. No event is skipped.
+# --config can't change these two settings; --from-offset switches step 4 off.
 FIXED = {
-    "enable.auto.offset.store": False,  # By default poll() does step 3, before the event is processed.
-    "enable.auto.commit": True,
+    "enable.auto.offset.store": False,  # By default poll() does step 3, before step 2.
+    "enable.auto.commit": True,  # Step 4.
 }
 
 
@@ -52,47 +55,40 @@ def main():
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
     partitions = Partitions()
-    unstored = {}  # For each partition the last event that is processed, while its offset is not stored.
+    progress = Progress(consumer)
     printed = 0
     failed = False
     try:
         if args.from_offset is None:
             # Joins the group. A rebalance gives us partitions: poll() then calls on_assign, which prints their numbers.
             # Before one takes them away poll() calls on_revoke: the next owner is to begin after our last event.
-            consumer.subscribe(
-                [args.topic],
-                on_assign=partitions.on_assign,
-                on_revoke=lambda *_: store_progress(consumer, unstored),
-            )
+            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=progress.store)
         else:
             # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
-        store_at = time.monotonic() + 1
         while printed < args.max_messages and not stop.is_set():
             # A thread of the library reads events ahead. poll() returns the next, or None if none comes in that time.
-            message = consumer.poll(0 if unstored else 0.5)  # We wait only when all is stored.
-            if message is None or time.monotonic() > store_at:  # After each event would be slow.
-                store_progress(consumer, unstored)
-                store_at = time.monotonic() + 1
+            message = consumer.poll(0 if progress.unstored else 0.5)  # We wait only when all is stored.
             if message is None:
+                progress.store()
                 if args.exit and partitions.are_read(consumer):
                     break
             elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
             else:
                 process(message, args.verbose)
-                unstored[message.topic(), message.partition()] = message  # Stands for those before it, too.
+                progress.add(message)  # Stored within a second, or before we wait.
                 printed += 1
-        store_progress(consumer, unstored)
+        progress.store()
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        # After a failure some events may not be written out. close() calls on_revoke, which must not store them, so
-        # that they come again in the next run.
-        unstored.clear()
+        # After a failure events may be unstored. close() calls on_revoke, which would store them; but if writing has
+        # failed nobody has seen them. They are to come again in the next run.
+        progress.unstored.clear()
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
             consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if failed or trouble.commit_failed else 0)
@@ -101,12 +97,13 @@ def main():
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    When it returns, the event must be done with, since its offset may be stored next. (What is printed is written out
-    first, by store_progress().) Each event is processed at least once. It comes again in these cases:
-    - It raises an exception. The program ends, and the next run begins with the events of the last second.
+    message.value() is bytes, or None. When this returns, the event must be done with: its offset may be stored next.
+    Each event is processed at least once. It comes again in these cases:
+    - It raises an exception. The program ends, and the next run begins with the events of the last second, and then
+      this one; so catch what a single bad event can cause.
     - The program is killed, or the power fails: the next run begins at the committed offset.
     - It takes more than five minutes (max.poll.interval.ms), or we lose the connection for 45 seconds. The group then
-      gives our partitions to another consumer, which begins at the committed offset.
+      gives our partitions to another consumer, which begins at the committed offset. We join again.
     """
     line = printable(message.value())
     if verbose:
@@ -115,12 +112,30 @@ def process(message, verbose):
     print(line)
 
 
-def store_progress(consumer, unstored):
-    """Stores in the library's memory where to go on in each partition. unstored: see main(); it is emptied."""
-    sys.stdout.flush()  # First what is printed must be written out.
-    for message in unstored.values():
-        consumer.store_offsets(message)  # Stores its offset plus 1.
-    unstored.clear()
+class Progress:
+    """Where to go on in each partition: after the last event that is processed.
+
+    unstored: {(topic, partition): last processed Message}, as long as it is not stored.
+    """
+
+    def __init__(self, consumer):
+        self.consumer = consumer
+        self.unstored = {}
+        self.store_at = time.monotonic() + 1
+
+    def add(self, message):
+        """Notes that an event is processed, and stores once a second: after each event would be slow."""
+        self.unstored[message.topic(), message.partition()] = message  # Instead of the one before it.
+        if time.monotonic() > self.store_at:
+            self.store()
+
+    def store(self, *_):
+        """Stores in the library's memory where to go on. As on_revoke it is called with arguments that it ignores."""
+        sys.stdout.flush()  # First what is printed must be written out.
+        for message in self.unstored.values():
+            self.consumer.store_offsets(message)  # Stores its offset plus 1.
+        self.unstored.clear()
+        self.store_at = time.monotonic() + 1
 
 
 def handle_error(message, partitions):
@@ -296,8 +311,10 @@ def time_limit(seconds):
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
-    yield
-    timer.cancel()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.

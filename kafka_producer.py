@@ -29,16 +29,15 @@ SETTINGS = {
     # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
     # not store it a second time, and the order stays.
     "enable.idempotence": True,
-    # Send a broker one request at a time. With more, an event may be stored twice when another broker takes over
+    # Send a broker one request at a time. With more, that can fail when another broker takes over a partition
     # (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
-# The library's queue has a limit by number and one by size. When it is full, produce() raises BufferError. main() keeps
-# the number below the limit; the limit by size is lifted. (The largest events have 1 MB: 10,000 of them are 10 GB.)
-# --config can't change these two.
+# main() keeps to that. The library has limits of its own, by number and by size, at which produce() raises BufferError;
+# with these settings, which --config can't change, they are not reached.
 FIXED = {
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,
