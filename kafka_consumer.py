@@ -4,6 +4,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import logging
@@ -16,7 +17,7 @@ import time
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-# A broker is a Kafka server. It stores events in topics: logs to which events are appended. Reading removes nothing;
+# A broker is a Kafka server. It keeps events in topics: logs to which events are appended. Reading removes nothing;
 # Kafka deletes events when they are older than a set time.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them. Every
@@ -68,17 +69,18 @@ def main():
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
         while printed < args.max_messages and not stop.is_set():
-            # A thread of the library reads events ahead. poll() returns the next, or None if none comes in that time.
-            message = consumer.poll(0 if progress.unstored else 0.5)  # We wait only when all is stored.
+            message = consumer.poll(0)  # The next event, if a thread of the library has read it ahead. Otherwise None.
             if message is None:
-                progress.store()
+                progress.store()  # There is time to do that now,
+                message = consumer.poll(0.5)  # and then to wait for the next event, for up to half a second.
+            if message is None:
                 if args.exit and partitions.are_read(consumer):
                     break
             elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
                 handle_error(message, partitions)
             else:
                 process(message, args.verbose)
-                progress.add(message)  # Stored within a second, or before we wait.
+                progress.add(message)
                 printed += 1
         progress.store()
         tell(f"Printed {printed} events. Closing.")
@@ -86,11 +88,8 @@ def main():
         tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
         failed = True
     finally:
-        # After a failure events may be unstored. close() calls on_revoke, which would store them; but if writing has
-        # failed nobody has seen them. They are to come again in the next run.
-        progress.unstored.clear()
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-            consumer.close()  # Commits what is stored, and leaves the group.
+            consumer.close()  # Calls on_revoke, commits what is stored, and leaves the group.
     sys.exit(1 if failed or trouble.commit_failed else 0)
 
 
@@ -99,8 +98,8 @@ def process(message, verbose):
 
     message.value() is bytes, or None. When this returns, the event must be done with: its offset may be stored next.
     Each event is processed at least once. It comes again in these cases:
-    - It raises an exception. The program ends, and the next run begins with the events of the last second, and then
-      this one; so catch what a single bad event can cause.
+    - It raises an exception. The program ends, and the next run begins with this event; so catch what a single bad
+      event can cause.
     - The program is killed, or the power fails: the next run begins at the committed offset.
     - It takes more than five minutes (max.poll.interval.ms), or we lose the connection for 45 seconds. The group then
       gives our partitions to another consumer, which begins at the committed offset. We join again.
@@ -124,9 +123,9 @@ class Progress:
         self.store_at = time.monotonic() + 1
 
     def add(self, message):
-        """Notes that an event is processed, and stores once a second: after each event would be slow."""
+        """Notes that an event is processed."""
         self.unstored[message.topic(), message.partition()] = message  # Instead of the one before it.
-        if time.monotonic() > self.store_at:
+        if time.monotonic() > self.store_at:  # There is much to read. To store after each event would be slow.
             self.store()
 
     def store(self, *_):
@@ -238,7 +237,8 @@ class Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # For the rest, which Python writes at its end.
+            # Python tries to write the rest at its end.
+            atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), self.fileno())
             sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 

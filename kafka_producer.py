@@ -26,22 +26,15 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
-    # not store it a second time, and the order stays.
+    # If no confirmation comes, the library sends the event again. With these two settings a broker that has it already
+    # does not store it a second time, and the order stays. (With more requests at a time that can fail when another
+    # broker takes over a partition: librdkafka issue 4953.)
     "enable.idempotence": True,
-    # Send a broker one request at a time. With more, that can fail when another broker takes over a partition
-    # (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
-}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for brokers that fail.
+}  # MORE_SETTINGS, below the lesson, holds the settings for networks, for brokers that fail, and for the queue.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
-# main() keeps to that. The library has limits of its own, by number and by size, at which produce() raises BufferError;
-# with these settings, which --config can't change, they are not reached.
-FIXED = {
-    "queue.buffering.max.messages": MAX_UNCONFIRMED,
-    "queue.buffering.max.kbytes": 2**31 - 1,
-}
 
 
 def main():
@@ -84,15 +77,17 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0, or gives them up five seconds after Ctrl-C. Other programs call producer.flush(), which
-        # is nearly the same.
+        # len(producer) is 0, as producer.flush() does. After Ctrl-C it gives them up in five seconds.
         wait_for_reports(producer, run, args.topic)
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
 
 def registration(fake):
-    """Returns one event as a dict. To send data of your own, replace this function, and the key in main()."""
+    """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
+
+    Where your data ends, leave the loop in main() by break.
+    """
     return {
         "user_id": fake.random_int(20000, 100000),
         "user_name": fake.name(),
@@ -135,6 +130,12 @@ MORE_SETTINGS = {
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
     # minutes; the library can't count to more than 35.
     "topic.metadata.propagation.max.ms": 2_000_000,
+}
+# With a full queue produce() raises BufferError. With these two settings, which --config can't change, main() waits
+# before the queue is full, whatever the size of the events.
+FIXED = {
+    "queue.buffering.max.messages": MAX_UNCONFIRMED,
+    "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.
 }
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
@@ -247,7 +248,7 @@ def stop_on_signals(run):
 
 
 def wait_for_reports(producer, run, topic):
-    """Does what producer.flush() does, which loses a report if the library has a fatal error meanwhile."""
+    """Does what producer.flush() does, which loses a report if there is a fatal error. run.give_up_at ends it."""
     while len(producer) > 0:
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.

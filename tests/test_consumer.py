@@ -4,10 +4,11 @@ import json
 import re
 import signal
 import subprocess
+import sys
 
 import pytest
 from confluent_kafka import Producer
-from conftest import committed, create_topic, numbered, numbers, produce, wait_until
+from conftest import LIMIT, ROOT, committed, create_topic, numbered, numbers, produce, wait_until
 
 
 def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, group):
@@ -17,6 +18,21 @@ def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, gro
         assert numbers(consumer.lines) == expected
         assert f"Printed {len(expected)} events. Closing." in consumer.stderr
     assert committed(cluster, filled, group) == 10
+
+
+def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled, group):
+    """What was processed before it is done with, though the library had read on."""
+    code = (ROOT / "kafka_consumer.py").read_text()
+    before, process, after = code.partition("    line = printable(message.value())\n")
+    (scripts.folder / "mine.py").write_text(f"{before}    assert message.offset() < 5\n{process}{after}")
+    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", filled, "-G", group]
+    done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("AssertionError\n")
+    assert numbers(done.stdout.splitlines()) == [0, 1, 2, 3, 4]
+    again = scripts.consumer("-t", filled, "-G", group, "--exit")
+    assert again.wait() == 0
+    assert numbers(again.lines) == [5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

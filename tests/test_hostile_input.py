@@ -155,8 +155,9 @@ def test_a_name_that_only_the_broker_refuses(scripts):
 
 
 def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
-    """Another one of the same group.instance.id makes librdkafka give up for good."""
+    """Another one of the same group.instance.id makes librdkafka give up for good, in the middle of reading."""
     create_topic(cluster, topic)
+    scripts.producer("-t", topic, "-c", 0, "-i", 0.001, "-q")
     config = scripts.folder / "client.properties"
     config.write_text("group.instance.id=one\nheartbeat.interval.ms=200\n")
     first = scripts.consumer("-t", topic, "-G", group, "-F", config)
