@@ -62,7 +62,8 @@ def main():
     try:
         if args.from_offset is None:
             # Joins the group. A rebalance gives us partitions: poll() then calls on_assign, which prints their numbers.
-            # Before one takes them away poll() calls on_revoke: the next owner is to begin after our last event.
+            # Before a rebalance takes partitions away, poll() calls on_revoke: we do step 3, and then the library does
+            # step 4. So the next owner repeats nothing.
             consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=progress.store)
         else:
             # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
@@ -71,16 +72,16 @@ def main():
         while printed < args.max_messages and not stop.is_set():
             message = consumer.poll(0)  # The next event, if a thread of the library has read it ahead. Otherwise None.
             if message is None:
-                progress.store()  # There is time to do that now,
-                message = consumer.poll(0.5)  # and then to wait for the next event, for up to half a second.
-            if message is None:
+                progress.store()  # Nothing is waiting, so we do step 3 now,
+                message = consumer.poll(0.5)  # and then wait for the next event, for up to half a second.
+            if message is None:  # None has come.
                 if args.exit and partitions.are_read(consumer):
                     break
-            elif message.error():  # Not an event, but a problem, or with --exit the end of a partition.
+            elif message.error():  # Not an event, but a problem; or the end of a partition, which --exit asks for.
                 handle_error(message, partitions)
             else:
                 process(message, args.verbose)
-                progress.add(message)
+                progress.add(message)  # Step 3 follows within a second.
                 printed += 1
         progress.store()
         tell(f"Printed {printed} events. Closing.")
@@ -112,9 +113,10 @@ def process(message, verbose):
 
 
 class Progress:
-    """Where to go on in each partition: after the last event that is processed.
+    """Does step 3 when no event is waiting, or once a second: after each event it would be slow.
 
-    unstored: {(topic, partition): last processed Message}, as long as it is not stored.
+    unstored: {(topic, partition): last processed Message}. One for each partition is enough: to go on at 7 means that
+    all before 7 are done.
     """
 
     def __init__(self, consumer):
@@ -125,12 +127,12 @@ class Progress:
     def add(self, message):
         """Notes that an event is processed."""
         self.unstored[message.topic(), message.partition()] = message  # Instead of the one before it.
-        if time.monotonic() > self.store_at:  # There is much to read. To store after each event would be slow.
+        if time.monotonic() > self.store_at:
             self.store()
 
     def store(self, *_):
         """Stores in the library's memory where to go on. As on_revoke it is called with arguments that it ignores."""
-        sys.stdout.flush()  # First what is printed must be written out.
+        sys.stdout.flush()  # Before that, what print() has put into a buffer must be written out.
         for message in self.unstored.values():
             self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored.clear()

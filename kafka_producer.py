@@ -26,10 +26,11 @@ from faker import Faker
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If no confirmation comes, the library sends the event again. With these two settings a broker that has it already
-    # does not store it a second time, and the order stays. (With more requests at a time that can fail when another
-    # broker takes over a partition: librdkafka issue 4953.)
+    # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
+    # not store it a second time, and the order stays.
     "enable.idempotence": True,
+    # One request to a broker at a time: with more, idempotence can fail when another broker takes over a partition
+    # (librdkafka issue 4953). It costs speed where answers take long.
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
@@ -86,7 +87,8 @@ def main():
 def registration(fake):
     """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
 
-    Where your data ends, leave the loop in main() by break.
+    --count and --interval say how many events there are, and how fast they come: by default ten, one a second. With
+    --count 0 it is for you to end: let main() leave its loop by break when there is no more.
     """
     return {
         "user_id": fake.random_int(20000, 100000),

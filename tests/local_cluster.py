@@ -66,7 +66,7 @@ ZOOKEEPER_PROPERTIES = {
 }
 
 START_LIMIT = 60  # seconds for all brokers to answer
-STARTS = 6  # a broker that dies this often before it answers won't heal; one that was killed may die four times first
+STARTS = 7  # a broker that dies this often before it answers won't heal; one that was killed may die five times first
 EXITED = "local_cluster: the process ended"
 
 
