@@ -98,6 +98,8 @@ def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
     message.value() is bytes, or None. When this returns, the event must be done with: its offset may be stored next.
+    (print() only fills a buffer, but Progress.store() writes that out first.)
+
     Each event is processed at least once. It comes again in these cases:
     - It raises an exception. The program ends, and the next run begins with this event; so catch what a single bad
       event can cause.
