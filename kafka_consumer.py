@@ -136,7 +136,8 @@ class Progress:
         """Stores in the library's memory where to go on. As on_revoke it is called with arguments that it ignores."""
         sys.stdout.flush()  # Before that, what print() has put into a buffer must be written out.
         for message in self.unstored.values():
-            self.consumer.store_offsets(message)  # Stores its offset plus 1.
+            with contextlib.suppress(KafkaException):  # The group has expelled us. poll() will tell.
+                self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored.clear()
         self.store_at = time.monotonic() + 1
 
