@@ -36,7 +36,7 @@ SETTINGS = {
 # 3. store_offsets() notes in the memory of the library that we go on at offset 7.
 # 4. The library commits 7, that is, sends it to Kafka: every five seconds, before a rebalance takes the partition away,
 #    and in close().
-# If the program is killed before step 4, event 6 comes again. No event is skipped.
+# If the program is killed before step 4, event 6 comes again: better twice than never.
 # --config can't change these two settings; --from-offset switches step 4 off.
 FIXED = {
     "enable.auto.offset.store": False,  # By default poll() does step 3, before step 2.
@@ -48,23 +48,19 @@ def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells what goes wrong with connections, commits and settings.
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
-    try:
-        consumer = Consumer(args.settings | hooks)  # args.settings: those above and those of --config.
-    except Exception as error:
-        wrong_call(error)  # Says which setting is refused, and ends the program.
+    with refusals_told():  # If a setting is refused, that ends the program.
+        # args.settings: those of --config and of other options.
+        consumer = Consumer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
     partitions = Partitions()
     progress = Progress(consumer)
     printed = 0
-    failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. A rebalance gives us partitions: poll() then calls on_assign, which prints their numbers.
-            # Before a rebalance takes partitions away, poll() calls on_revoke: we do step 3, and then the library does
-            # step 4. So the next owner repeats nothing.
-            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=progress.store)
+            # Joins the group. Rebalances happen in poll(), which then calls on_assign or on_revoke.
+            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=progress.on_revoke)
         else:
             # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
@@ -72,33 +68,32 @@ def main():
         while printed < args.max_messages and not stop.is_set():
             message = consumer.poll(0)  # The next event, if a thread of the library has read it ahead. Otherwise None.
             if message is None:
-                progress.store()  # Nothing is waiting, so we do step 3 now,
-                message = consumer.poll(0.5)  # and then wait for the next event, for up to half a second.
-            if message is None:  # None has come.
+                progress.store()  # No event is waiting, so there is time for step 3.
+                message = consumer.poll(0.5)  # Waits for an event, half a second at most. Then it may still be None.
+            if message is None:
                 if args.exit and partitions.are_read(consumer):
                     break
             elif message.error():  # Not an event, but a problem; or the end of a partition, which --exit asks for.
                 handle_error(message, partitions)
             else:
                 process(message, args.verbose)
-                progress.add(message)  # Step 3 follows within a second.
+                progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
                 printed += 1
         progress.store()
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
-        tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
-        failed = True
+        sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
             consumer.close()  # Calls on_revoke, commits what is stored, and leaves the group.
-    sys.exit(1 if failed or trouble.commit_failed else 0)
+    sys.exit(1 if trouble.commit_failed else 0)
 
 
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    message.value() is bytes, or None. When this returns, the event must be done with: its offset may be stored next.
-    (print() only fills a buffer, but Progress.store() writes that out first.)
+    message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had. When this
+    returns, the event must be done with, since its offset may be stored next.
 
     Each event is processed at least once. It comes again in these cases:
     - It raises an exception. The program ends, and the next run begins with this event; so catch what a single bad
@@ -115,7 +110,10 @@ def process(message, verbose):
 
 
 class Progress:
-    """Does step 3 when no event is waiting, or once a second: after each event it would be slow.
+    """Does step 3 for the events that are processed.
+
+    print() has only put them into a buffer. That must be written out first, or a crash could lose an event whose offset
+    is committed. To write after each event is slow, so both are done when no event is waiting, or once a second.
 
     unstored: {(topic, partition): last processed Message}. One for each partition is enough: to go on at 7 means that
     all before 7 are done.
@@ -132,18 +130,31 @@ class Progress:
         if time.monotonic() > self.store_at:
             self.store()
 
-    def store(self, *_):
-        """Stores in the library's memory where to go on. As on_revoke it is called with arguments that it ignores."""
-        sys.stdout.flush()  # Before that, what print() has put into a buffer must be written out.
+    def store(self):
+        """Writes out what was printed, and then stores in the library's memory where to go on."""
+        sys.stdout.flush()
         for message in self.unstored.values():
             with contextlib.suppress(KafkaException):  # The group has expelled us. poll() will tell.
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored.clear()
         self.store_at = time.monotonic() + 1
 
+    def on_revoke(self, consumer, partitions):
+        """A rebalance is about to take partitions away: step 3 for what is done. The library then does step 4."""
+        self.store()
+
+
+# Errors that do not go away by themselves.
+LASTING_ERRORS = {
+    KafkaError._FATAL,
+    KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+}
+
 
 def handle_error(message, partitions):
-    """Handles what poll() returns besides events. Raises KafkaException for a problem that retrying can't solve."""
+    """Handles what poll() returns besides events. Raises KafkaException for a lasting error."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         partitions.at_end.add(TopicPartition(message.topic(), message.partition()))
@@ -166,32 +177,40 @@ HINT = (
 
 
 class Partitions:
-    """What the library calls in a rebalance; and, for --exit, whether our partitions are read to the end.
+    """Tells which partitions the group gives us; and, for --exit, whether they are read to the end.
 
     at_end: a set of TopicPartitions, those that are read to the end.
+    others_have_all: whether the last rebalance left us with no partitions.
     wait_until: how long to wait for partitions while we have none, in the time of time.monotonic().
     """
 
     def __init__(self):
         self.at_end = set()
+        self.others_have_all = False
         self.wait_until = time.monotonic() + 60
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
         have = {*partitions, *consumer.assignment()}  # By some protocols we keep others.
         self.at_end -= set(partitions)
-        if not have:
-            self.wait_until = time.monotonic() + 10
+        self.others_have_all = not have
+        self.wait_until = time.monotonic() + (60 if have else 10)
         names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def are_read(self, consumer):
-        """Returns True if each is read to the end, or if we had none for a while: others of the group read them."""
+        """Returns True if each is read to the end, or if others of the group have had all of them for 10 seconds.
+
+        Ends the program if the group says nothing about partitions for 60 seconds.
+        """
         have = consumer.assignment()
         if have:
             self.wait_until = time.monotonic() + 60
             return self.at_end.issuperset(have)
-        return time.monotonic() > self.wait_until
+        waited = time.monotonic() > self.wait_until
+        if waited and not self.others_have_all:
+            sys.exit("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
+        return waited
 
 
 class Trouble:
@@ -208,7 +227,8 @@ class Trouble:
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            tell(f"Can't connect: {error.str().split(' (after ')[0]}\n{HINT}")
+            hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
+            tell(f"Can't connect: {error.str()}{hint}")
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -223,10 +243,6 @@ class Trouble:
             tell(template % (facility, client, text))
         elif facility == "OFFSET" or (facility == "CONFWARN" and "will be ignored" not in text):
             tell(text.partition("]: ")[2])  # Without the name of the thread.
-
-
-LASTING_ERRORS = {KafkaError._FATAL, KafkaError._AUTO_OFFSET_RESET}
-LASTING_ERRORS |= {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED}
 
 
 def tell(line):
@@ -247,10 +263,14 @@ class Output(io.FileIO):
             sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 
-def wrong_call(error):
-    """Ends the program because a setting was refused."""
-    tell(f"kafka_consumer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
-    sys.exit(2)
+@contextlib.contextmanager
+def refusals_told():
+    """Ends the program if a setting is refused in the with block."""
+    try:
+        yield
+    except Exception as error:  # For settings the library has four types of exceptions.
+        tell(f"kafka_consumer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
+        sys.exit(2)
 
 
 def show_topics(consumer, args):
@@ -380,7 +400,9 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     if args.max_messages < 0:
         parser.error(f"--max-messages {args.max_messages} is negative")
-    args.settings = SETTINGS | MORE_SETTINGS | args.config | FIXED
+    for key in FIXED.keys() & args.config.keys():
+        parser.error(f"--config can't change {key}")
+    args.settings = args.config.copy()
     if args.bootstrap_servers:
         args.settings["bootstrap.servers"] = args.bootstrap_servers
     if args.group:

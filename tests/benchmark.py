@@ -34,11 +34,11 @@ BIG = 300_000  # events in the topic that consumers read
 
 # The contenders that are Python: `python -c SOURCE COUNT ...`, in processes of their own as the scripts are.
 # kafka_producer.main sets Faker like OUR_FAKER.
-OUR_FAKER = "Faker(use_weighting=False)"
+OUR_FAKER = "Factory.create(use_weighting=False)"
 DEFAULT_FAKER = 'Faker("en_US")'
 MAKE_EVENTS = """
 import sys
-from faker import Faker
+from faker import Factory, Faker
 from kafka_producer import registration
 
 fake = {faker}
@@ -47,7 +47,7 @@ for _ in range(int(sys.argv[1])):
 """
 MAKE_AND_ENCODE = f"""
 import json, sys
-from faker import Faker
+from faker import Factory
 from kafka_producer import registration
 
 fake = {OUR_FAKER}

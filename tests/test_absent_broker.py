@@ -24,7 +24,7 @@ def test_nobody_there(scripts):
         script.wait_for_stderr("docker compose up", limit=3)
         problem, hint = script.stderr.splitlines()[-2:]
         assert problem.startswith(f"Can't connect: {address}/")
-        assert problem.endswith("Connection refused")
+        assert "Connection refused" in problem
         assert hint.startswith("Is Kafka running")
     for script in pair:
         assert script.wait(33) == 1

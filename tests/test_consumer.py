@@ -164,11 +164,13 @@ WRONG_CALLS = {
     "offset is no number": (["--from-offset", "x"], "x"),
     "negative number": (["-c", "-1"], "--max-messages"),
     "no number": (["-c", "many"], "many"),
+    "a setting that the script needs": (["-F", "commit.properties"], "enable.auto.commit"),
 }
 
 
 @pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_wrong_calls(scripts, topic, options, named):
+    (scripts.folder / "commit.properties").write_text("enable.auto.commit=false")
     consumer = scripts.consumer("-t", topic, *options)
     assert consumer.wait() == 2
     assert consumer.stdout == ""

@@ -56,10 +56,10 @@ def test_a_seed_makes_the_same_people(scripts, cluster, topic):
 
 
 def test_a_full_local_queue_is_waited_for(scripts, cluster, topic):
-    config = scripts.folder / "small.properties"
-    config.write_text("# a queue of ten\nqueue.buffering.max.messages = 10\n\nlinger.ms=20\n")
-    assert scripts.producer("-t", topic, "-c", 300, "-i", 0, "-F", config).wait() == 0
-    assert len(read_topic(cluster, topic)) == 300
+    config = scripts.folder / "slow.properties"
+    config.write_text("# wait for three seconds\nlinger.ms = 3000\n\nbatch.num.messages=99999\nbatch.size=9999999\n")
+    assert scripts.producer("-t", topic, "-c", 10_001, "-i", 0, "-F", config).wait() == 0
+    assert len(read_topic(cluster, topic)) == 10_001
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, topic):
@@ -81,6 +81,7 @@ WRONG_CALLS = {
     "no interval": (["-i", "nan"], "nan"),
     "bad value": (["-F", "value.properties"], "acks"),
     "contradiction": (["-F", "contradiction.properties"], "acks"),
+    "a setting that the script needs": (["-F", "queue.properties"], "queue.buffering.max.messages"),
 }
 
 
@@ -89,6 +90,7 @@ def test_wrong_calls(scripts, cluster, topic, options, named):
     create_topic(cluster, topic)
     (scripts.folder / "value.properties").write_text("acks=some")
     (scripts.folder / "contradiction.properties").write_text("acks=0")
+    (scripts.folder / "queue.properties").write_text("queue.buffering.max.messages=10")
     producer = scripts.producer("-t", topic, *options)
     assert producer.wait() == 2
     assert producer.stdout == ""

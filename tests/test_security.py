@@ -234,6 +234,8 @@ def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user,
 def test_who_is_not_let_in(turned_away, cluster, what):
     for script, seconds in turned_away[what]:
         assert_failed(script, seconds.result(), FAILURES[what][1])
+        it_answers = re.search("SASL authentication error|mechanism handshake failed", script.stderr)
+        assert ("Is Kafka running" in script.stderr) != bool(it_answers)
         assert script.stdout == ""
     assert "turned-away" not in AdminClient(cluster.client_config).list_topics(timeout=10).topics
 
