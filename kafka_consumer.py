@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -37,10 +38,10 @@ SETTINGS = {
 # 4. The library commits 7, that is, sends it to Kafka: every five seconds, before a rebalance takes the partition away,
 #    and in close().
 # If the program is killed before step 4, event 6 comes again: better twice than never.
-# --config can't change these two settings; --from-offset switches step 4 off.
+# --config can't change these two settings.
 FIXED = {
-    "enable.auto.offset.store": False,  # By default poll() does step 3, before step 2.
-    "enable.auto.commit": True,  # Step 4.
+    "enable.auto.offset.store": False,  # By default poll() does step 3. Then a crash in step 2 could lose the event.
+    "enable.auto.commit": True,  # The library does step 4.
 }
 
 
@@ -54,9 +55,10 @@ def main():
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
-    partitions = Partitions()
-    progress = Progress(consumer)
+    partitions = Partitions()  # Prints which ones the group gives us, and knows whether they are read to the end.
+    progress = Progress(consumer)  # Does step 3.
     printed = 0
+    failed = False
     try:
         if args.from_offset is None:
             # Joins the group. Rebalances happen in poll(), which then calls on_assign or on_revoke.
@@ -66,10 +68,7 @@ def main():
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
         while printed < args.max_messages and not stop.is_set():
-            message = consumer.poll(0)  # The next event, if a thread of the library has read it ahead. Otherwise None.
-            if message is None:
-                progress.store()  # No event is waiting, so there is time for step 3.
-                message = consumer.poll(0.5)  # Waits for an event, half a second at most. Then it may still be None.
+            message = next_message(consumer, progress)  # Calls consumer.poll(). None: no event for half a second.
             if message is None:
                 if args.exit and partitions.are_read(consumer):
                     break
@@ -82,11 +81,21 @@ def main():
         progress.store()
         tell(f"Printed {printed} events. Closing.")
     except KafkaException as error:
-        sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
+        tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
+        failed = True
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
             consumer.close()  # Calls on_revoke, commits what is stored, and leaves the group.
-    sys.exit(1 if trouble.commit_failed else 0)
+    sys.exit(1 if failed or trouble.commit_failed else 0)
+
+
+def next_message(consumer, progress):
+    """Returns the next Message, or None if there is none for half a second."""
+    message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
+    if message is None:
+        progress.store()  # No event is waiting, so there is time for step 3.
+        message = consumer.poll(0.5)  # This waits.
+    return message
 
 
 def process(message, verbose):
@@ -96,11 +105,11 @@ def process(message, verbose):
     returns, the event must be done with, since its offset may be stored next.
 
     Each event is processed at least once. It comes again in these cases:
-    - It raises an exception. The program ends, and the next run begins with this event; so catch what a single bad
-      event can cause.
-    - The program is killed, or the power fails: the next run begins at the committed offset.
-    - It takes more than five minutes (max.poll.interval.ms), or we lose the connection for 45 seconds. The group then
-      gives our partitions to another consumer, which begins at the committed offset. We join again.
+    - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
+      bad event can cause.
+    - The program is killed, or the power fails. The next run begins at the committed offset.
+    - This takes more than five minutes (max.poll.interval.ms), or the group does not hear from us for 45 seconds
+      (session.timeout.ms). It expels us: another consumer gets our partitions, from the committed offset on.
     """
     line = printable(message.value())
     if verbose:
@@ -110,12 +119,13 @@ def process(message, verbose):
 
 
 class Progress:
-    """Does step 3 for the events that are processed.
+    """Does step 3, which is in fact two steps.
 
-    print() has only put them into a buffer. That must be written out first, or a crash could lose an event whose offset
-    is committed. To write after each event is slow, so both are done when no event is waiting, or once a second.
+    First flush(): print() puts text into a buffer, and that must be written out. Then store_offsets(). The other way
+    round a crash could lose text that is still in the buffer, and its event would not come again.
+    To flush after each event is slow, so we do both when no event is waiting, or once a second.
 
-    unstored: {(topic, partition): last processed Message}. One for each partition is enough: to go on at 7 means that
+    unstored: {(topic, partition): the last Message that is processed}. The last one is enough: to go on at 7 means that
     all before 7 are done.
     """
 
@@ -126,15 +136,15 @@ class Progress:
 
     def add(self, message):
         """Notes that an event is processed."""
-        self.unstored[message.topic(), message.partition()] = message  # Instead of the one before it.
+        self.unstored[message.topic(), message.partition()] = message
         if time.monotonic() > self.store_at:
             self.store()
 
     def store(self):
-        """Writes out what was printed, and then stores in the library's memory where to go on."""
+        """Stores in the library's memory where to go on."""
         sys.stdout.flush()
         for message in self.unstored.values():
-            with contextlib.suppress(KafkaException):  # The group has expelled us. poll() will tell.
+            with contextlib.suppress(KafkaException):  # If the group has expelled us. poll() will tell.
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored.clear()
         self.store_at = time.monotonic() + 1
@@ -209,7 +219,8 @@ class Partitions:
             return self.at_end.issuperset(have)
         waited = time.monotonic() > self.wait_until
         if waited and not self.others_have_all:
-            sys.exit("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
+            tell("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
+            sys.exit(1)
         return waited
 
 
@@ -276,21 +287,26 @@ def refusals_told():
 def show_topics(consumer, args):
     """Prints which topics there are. Ends the program if there is no answer, or no topic where there must be one."""
     must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes it.
-    problem = "no answer from Kafka for 30 seconds"
-    for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
+    problem = None
+    give_up_at = time.monotonic() + 30
+    seconds = 1
+    while time.monotonic() < give_up_at:
         try:
             consumer.poll(0)  # Calls error_cb if there was an error.
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
         except KafkaException:
-            continue  # The time is over. Perhaps the next try has more luck.
+            seconds *= 2
+            continue
         if error is None or not must_exist:
             tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
             return
+        if problem is None:
+            give_up_at = time.monotonic() + 10  # A broker that has just started may not know the topic yet.
         problem = f"can't read topic {args.topic}: {error.str()}"
-        time.sleep(seconds / 3)  # A broker that has just started may not know it yet.
-    sys.exit(f"kafka_consumer.py: {problem}")
+        time.sleep(1)
+    sys.exit(f"kafka_consumer.py: {problem or 'no answer from Kafka for 30 seconds'}")
 
 
 def first_offsets(consumer, topic, wanted):
@@ -327,8 +343,11 @@ def handle_signals(handler):
 @contextlib.contextmanager
 def time_limit(seconds):
     """Ends the program if what is in the with block takes longer; Ctrl-C and SIGTERM end it at once."""
+    error = sys.exc_info()[1]  # Python would only print it afterwards.
 
     def give_up():
+        if isinstance(error, Exception):
+            traceback.print_exception(error)
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
         os._exit(1)
 

@@ -19,7 +19,8 @@ from faker import Factory
 
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic. It keeps its events in order. Other brokers may have replicas of it: copies.
+# A partition is a part of a topic. It keeps its events in order. Other brokers may have replicas of it: copies. If its
+# broker fails, one that has a replica takes over.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
@@ -31,12 +32,12 @@ SETTINGS = {
     # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
     # not store it a second time, and the order stays.
     "enable.idempotence": True,
-    # One request to a broker at a time: with more, idempotence can fail when another broker takes over a partition
-    # (librdkafka issue 4953). It costs speed where answers take long.
+    # Send a request to a broker when it has answered the one before. With several on the way at a time, idempotence can
+    # fail when another broker takes over (librdkafka issue 4953). The price: it is slower where answers take long.
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
-}  # MORE_SETTINGS, below the lesson, holds the settings for networks, for brokers that fail, and for the queue.
+}  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
 MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
 
 
@@ -70,7 +71,7 @@ def main():
             else:
                 event = registration(fake)
                 key = str(event["user_id"])
-                value = json.dumps(event, ensure_ascii=False)  # Kafka stores bytes: produce() encodes it in UTF-8.
+                value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
                 queued += 1
@@ -121,6 +122,7 @@ class Report:
             self.failed += 1
             self.run.stop(1)  # main() queues no more.
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
+            # The terminal shows the first failure, and the log file has all of them.
             self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
 
 
@@ -223,20 +225,25 @@ def refusals_told():
 
 def find_topic(producer, topic):
     """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
-    problem = "no answer from Kafka for 30 seconds"
-    for seconds in (1, 1, 2, 2, 4, 4, 8, 8):
+    problem = None
+    give_up_at = time.monotonic() + 30
+    seconds = 1
+    while time.monotonic() < give_up_at:
         try:
             producer.poll(0)  # Calls error_cb if there was an error.
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
-        except KafkaException as error:
-            if error.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
-                sys.exit(f"kafka_producer.py: can't write to topic {topic}: {reason(error)}")
-            continue  # The time is over. Perhaps the next try has more luck.
+        except KafkaException as exception:
+            if exception.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
+                sys.exit(f"kafka_producer.py: can't write to topic {topic}: {reason(exception)}")
+            seconds *= 2
+            continue
         if error is None:
             return
+        if problem is None:
+            give_up_at = time.monotonic() + 10  # The topic may be about to be created.
         problem = f"can't write to topic {topic}: {error.str()}"
-        time.sleep(seconds / 3)  # It may be about to be created.
-    sys.exit(f"kafka_producer.py: {problem}")
+        time.sleep(1)
+    sys.exit(f"kafka_producer.py: {problem or 'no answer from Kafka for 30 seconds'}")
 
 
 def stop_on_signals(run):

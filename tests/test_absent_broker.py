@@ -3,9 +3,21 @@
 import contextlib
 import signal
 import subprocess
+import sys
 
 import pytest
-from conftest import committed, create_topic, numbered, numbers, press_again, produce, read_topic, wait_until
+from conftest import (
+    LIMIT,
+    ROOT,
+    committed,
+    create_topic,
+    numbered,
+    numbers,
+    press_again,
+    produce,
+    read_topic,
+    wait_until,
+)
 from faults import logged
 from local_cluster import free_port
 
@@ -100,15 +112,29 @@ def test_a_topic_that_nobody_makes(scripts, cluster, topic):
 
 @pytest.mark.parametrize("take_away", ["kill", "pause"])
 def test_ctrl_c_of_a_consumer_without_its_broker(scripts, cluster, topic, group, take_away):
-    """It says that it could not commit; so the next run begins with the same events."""
+    """It says that it could not commit, and what process() raised; so the next run begins with the same events."""
     produce(cluster, topic, numbered(10))
+    mine = scripts.folder / "mine.py"
+    ours = "    line = printable(message.value())\n"
+    code = (ROOT / "kafka_consumer.py").read_text()
+    assert ours in code
+    mine.write_text(code.replace(ours, f"    tell('event')\n    assert input() == 'no'\n{ours}"))
+    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic, "-G", f"{group}-mine"]
+    failing = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in failing.stderr:
+        if line == "event\n":
+            break
     scripts.folder.joinpath("late").write_text("auto.commit.interval.ms=60000\n")
     consumer = scripts.consumer("-t", topic, "-G", group, "-F", "late")
     consumer.wait_for_lines(10)
     broker = cluster.brokers[0]
     getattr(broker, take_away)()
+    failing.stdin.write("yes\n")
+    failing.stdin.flush()
     assert consumer.end(limit=10) == 1
     assert "Events since the last commit may come again" in consumer.stderr.splitlines()[-1]
+    assert "AssertionError" in failing.communicate(timeout=LIMIT)[1]
+    assert failing.returncode == 1
     if take_away == "pause":
         broker.resume()
     else:
