@@ -97,6 +97,8 @@ def cluster(files):
         "authorizer.class.name": "kafka.security.authorizer.AclAuthorizer",
         # The broker itself comes in without a name.
         "super.users": "User:ANONYMOUS;User:admin",
+        # As in many managed clusters.
+        "auto.create.topics.enable": "false",
     }
     with new_cluster(settings=settings, client=login(files, "admin")) as cluster:
         admin = AdminClient(cluster.client_config)
@@ -196,6 +198,7 @@ def turned_away(cluster, files, tmp_path_factory):
 
 @pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
 def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
+    create_topic(cluster, topic)
     config = login(files, user, mechanism) | {"bootstrap.servers": cluster.bootstrap_servers}
     path = write(scripts.folder / "client.properties", config)
     producer = scripts.producer("-t", topic, "-c", 5, "-i", 0, "-F", path, servers=None)
@@ -221,7 +224,8 @@ def test_it_works(scripts, cluster, files, topic, group, user, mechanism):
 
 
 @pytest.mark.parametrize(("user", "mechanism"), [("alice", "PLAIN"), ("sam", "SCRAM-SHA-256")])
-def test_even_the_library_s_own_log_has_no_password(scripts, files, topic, user, mechanism):
+def test_even_the_library_s_own_log_has_no_password(scripts, cluster, files, topic, user, mechanism):
+    create_topic(cluster, topic)
     config = login(files, user, mechanism) | {"debug": "all"}
     path = write(scripts.folder / "client.properties", config)
     producer = scripts.producer("-t", topic, "-c", 1, "-F", path)
@@ -238,6 +242,13 @@ def test_who_is_not_let_in(turned_away, cluster, what):
         assert ("Is Kafka running" in script.stderr) != bool(it_answers)
         assert script.stdout == ""
     assert "turned-away" not in AdminClient(cluster.client_config).list_topics(timeout=10).topics
+
+
+def test_a_topic_that_nobody_makes(scripts, files, topic):
+    path = write(scripts.folder / "client.properties", login(files, "alice"))
+    producer = scripts.producer("-t", topic, "-F", path)
+    assert_failed(producer, seconds_until_end(producer), f"can't write to topic {topic}: .*Unknown topic or partition")
+    assert producer.stdout == ""
 
 
 DENIED = "Topic authorization failed"
@@ -292,6 +303,7 @@ def test_a_commit_that_fails(scripts, cluster, files, topic, group):
 
 def test_all_listen_on_loopback_only(scripts, cluster, files, topic, group):
     """The broker with TLS, ZooKeeper and both scripts."""
+    create_topic(cluster, topic)
     path = write(scripts.folder / "client.properties", login(files, "alice"))
     producer = scripts.producer("-t", topic, "-F", path, "-c", 0, "-i", 0.1)
     consumer = scripts.consumer("-t", topic, "-F", path, "-G", group)
