@@ -58,35 +58,36 @@ def main():
     partitions = Partitions()  # Prints which ones the group gives us, and knows whether they are read to the end.
     progress = Progress(consumer)  # Does step 3.
     printed = 0
-    failed = False
     try:
         if args.from_offset is None:
-            # Joins the group. Rebalances happen in poll(), which then calls on_assign or on_revoke.
-            consumer.subscribe([args.topic], on_assign=partitions.on_assign, on_revoke=progress.on_revoke)
+            # Joins the group. Rebalances happen in poll(), which then calls one of these.
+            consumer.subscribe(
+                [args.topic],
+                on_assign=partitions.on_assign,
+                on_revoke=progress.on_revoke,
+                on_lost=progress.on_lost,
+            )
         else:
             # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         stop = stop_on_signals()
         while printed < args.max_messages and not stop.is_set():
             message = next_message(consumer, progress)  # Calls consumer.poll(). None: no event for half a second.
-            if message is None:
-                if args.exit and partitions.are_read(consumer):
-                    break
-            elif message.error():  # Not an event, but a problem; or the end of a partition, which --exit asks for.
-                handle_error(message, partitions)
-            else:
+            if message is not None and not message.error():
                 process(message, args.verbose)
                 progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
                 printed += 1
+                continue
+            if message is not None:  # Not an event, but a problem; or the end of a partition, which --exit asks for.
+                handle_error(message, args.topic, partitions)
+            if args.exit and partitions.are_read(consumer):
+                break
         progress.store()
         tell(f"Printed {printed} events. Closing.")
-    except KafkaException as error:
-        tell(f"kafka_consumer.py: can't read topic {args.topic}: {error.args[0].str()}")
-        failed = True
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
             consumer.close()  # Calls on_revoke, commits what is stored, and leaves the group.
-    sys.exit(1 if failed or trouble.commit_failed else 0)
+    sys.exit(1 if trouble.commit_failed else 0)
 
 
 def next_message(consumer, progress):
@@ -101,15 +102,14 @@ def next_message(consumer, progress):
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had. When this
-    returns, the event must be done with, since its offset may be stored next.
+    message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had.
 
     Each event is processed at least once. It comes again in these cases:
     - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
       bad event can cause.
     - The program is killed, or the power fails. The next run begins at the committed offset.
     - This takes more than five minutes (max.poll.interval.ms), or the group does not hear from us for 45 seconds
-      (session.timeout.ms). It expels us: another consumer gets our partitions, from the committed offset on.
+      (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
     """
     line = printable(message.value())
     if verbose:
@@ -118,12 +118,16 @@ def process(message, verbose):
     print(line)
 
 
-class Progress:
-    """Does step 3, which is in fact two steps.
+def finish():
+    """Makes sure that what process() did can't be lost any more. Called before step 3.
 
-    First flush(): print() puts text into a buffer, and that must be written out. Then store_offsets(). The other way
-    round a crash could lose text that is still in the buffer, and its event would not come again.
-    To flush after each event is slow, so we do both when no event is waiting, or once a second.
+    print() only puts text into a buffer; this writes it out. To put events into a database, commit here, for example.
+    """
+    sys.stdout.flush()
+
+
+class Progress:
+    """Does step 3 when no event is waiting, or once a second: finish() after each event would be slow.
 
     unstored: {(topic, partition): the last Message that is processed}. The last one is enough: to go on at 7 means that
     all before 7 are done.
@@ -142,9 +146,9 @@ class Progress:
 
     def store(self):
         """Stores in the library's memory where to go on."""
-        sys.stdout.flush()
+        finish()
         for message in self.unstored.values():
-            with contextlib.suppress(KafkaException):  # If the group has expelled us. poll() will tell.
+            with contextlib.suppress(KafkaException):  # If the partition is lost. We are told in poll().
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored.clear()
         self.store_at = time.monotonic() + 1
@@ -152,6 +156,11 @@ class Progress:
     def on_revoke(self, consumer, partitions):
         """A rebalance is about to take partitions away: step 3 for what is done. The library then does step 4."""
         self.store()
+
+    def on_lost(self, consumer, partitions):
+        """Other consumers have our partitions already: too late for steps 3 and 4."""
+        self.unstored.clear()
+        tell("Lost the partitions. Events since the last commit come again.")
 
 
 # Errors that do not go away by themselves.
@@ -163,13 +172,13 @@ LASTING_ERRORS = {
 }
 
 
-def handle_error(message, partitions):
-    """Handles what poll() returns besides events. Raises KafkaException for a lasting error."""
+def handle_error(message, topic, partitions):
+    """Handles what poll() returns besides events. Ends the program if it is a lasting error."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         partitions.at_end.add(TopicPartition(message.topic(), message.partition()))
     elif error.code() in LASTING_ERRORS:
-        raise KafkaException(error)
+        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
     else:
         tell(error.str())  # The library tries again.
 
@@ -219,8 +228,7 @@ class Partitions:
             return self.at_end.issuperset(have)
         waited = time.monotonic() > self.wait_until
         if waited and not self.others_have_all:
-            tell("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
-            sys.exit(1)
+            sys.exit("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
         return waited
 
 
@@ -249,10 +257,12 @@ class Trouble:
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
 
     def log(self, level, template, facility, client, text):
-        """The library logs something. Most is also reported elsewhere, but not that unread events were deleted."""
+        """The library logs something. Most is also reported elsewhere, but not that unread events were deleted, or why
+        partitions were lost.
+        """
         if level == logging.DEBUG:
             tell(template % (facility, client, text))
-        elif facility == "OFFSET" or (facility == "CONFWARN" and "will be ignored" not in text):
+        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in text):
             tell(text.partition("]: ")[2])  # Without the name of the thread.
 
 
@@ -291,13 +301,15 @@ def show_topics(consumer, args):
     give_up_at = time.monotonic() + 30
     seconds = 1
     while time.monotonic() < give_up_at:
+        message = consumer.poll(0)  # Calls error_cb if there was an error.
+        if message is not None and message.error().code() in LASTING_ERRORS:
+            sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {message.error().str()}")
         try:
-            consumer.poll(0)  # Calls error_cb if there was an error.
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
         except KafkaException:
-            seconds *= 2
+            seconds = min(2 * seconds, 8)
             continue
         if error is None or not must_exist:
             tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
@@ -312,13 +324,16 @@ def show_topics(consumer, args):
 def first_offsets(consumer, topic, wanted):
     """Returns for each partition a TopicPartition with the offset to begin at. wanted: N, or -N: N before the end."""
     starts = []
-    for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
-        # The offset of the oldest event that is left, and the one that the next event will get.
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
-        start = wanted if wanted >= 0 else high + wanted
-        start = min(max(start, low), high)
-        tell(f"Partition {number}: reading from offset {start} on; the next new event will be {high}.")
-        starts.append(TopicPartition(topic, number, start))
+    try:
+        for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
+            # The offset of the oldest event that is left, and the one that the next event will get.
+            low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)
+            start = wanted if wanted >= 0 else high + wanted
+            start = min(max(start, low), high)
+            tell(f"Partition {number}: reading from offset {start} on; the next new event will be {high}.")
+            starts.append(TopicPartition(topic, number, start))
+    except KafkaException as error:
+        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.args[0].str()}")
     return starts
 
 
@@ -346,7 +361,9 @@ def time_limit(seconds):
     error = sys.exc_info()[1]  # Python would only print it afterwards.
 
     def give_up():
-        if isinstance(error, Exception):
+        if isinstance(error, SystemExit):
+            tell(error)
+        elif error:
             traceback.print_exception(error)
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
         os._exit(1)
@@ -410,7 +427,7 @@ def parse_arguments():
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
     add("-G", "--group", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
-    add("-o", "--from-offset", type=start_offset, help="begin at N, -N (from the end), beginning, end; no commits")
+    add("-o", "--from-offset", type=start_offset, help="for each partition: N, -N (before its end), beginning, end")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, timestamp and key before each event")

@@ -61,27 +61,28 @@ def main():
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
-    queued = 0
+    made = 0
     try:
-        while queued < args.count and run.exit_status == 0:  # Not 0: something failed, or Ctrl-C was pressed.
-            too_early = time.monotonic() < start + queued * args.interval
+        while made < args.count and run.exit_status == 0:  # Not 0: something failed, or Ctrl-C was pressed.
+            too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
             else:
                 event = registration(fake)
+                made += 1
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
-                queued += 1
     except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
         # len(producer) is 0, as producer.flush() does. After Ctrl-C it gives them up in five seconds.
         wait_for_reports(producer, run, args.topic)
-        run.write(f"Delivered {report.delivered} events to topic {args.topic}, {report.failed} failed.", sys.stdout)
+        failed = made - report.delivered
+        run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
 
@@ -101,13 +102,13 @@ def registration(fake):
 
 
 class Report:
-    """What became of the events. delivered, failed: how many the broker has confirmed, and how many not."""
+    """What became of the events. delivered: how many the broker has confirmed."""
 
     def __init__(self, run, quiet):
         self.run = run
         self.quiet = quiet
         self.delivered = 0
-        self.failed = 0
+        self.has_failed = False
 
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
@@ -119,11 +120,11 @@ class Report:
             place = f"partition {message.partition()}, offset {message.offset()}"
             self.run.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
         else:
-            self.failed += 1
             self.run.stop(1)  # main() queues no more.
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
             # The terminal shows the first failure, and the log file has all of them.
-            self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=self.failed == 1)
+            self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=not self.has_failed)
+            self.has_failed = True
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -135,9 +136,10 @@ MORE_SETTINGS = {
     # minutes; the library can't count to more than 35.
     "topic.metadata.propagation.max.ms": 2_000_000,
 }
-# With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size. --config
-# can't change these two settings.
+# --config can't change these settings.
 FIXED = {
+    "delivery.report.only.error": False,
+    # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.
 }
@@ -166,7 +168,7 @@ class Run:
     def fail(self, error, topic):
         """Ends the sending because of an exception of the library."""
         self.stop(1)
-        self.write(f"kafka_producer.py: can't write to topic {topic}: {reason(error)}", sys.stderr)
+        self.record(f"kafka_producer.py: can't write to topic {topic}: {reason(error)}", sys.stderr, is_shown=True)
 
     def record(self, line, file, is_shown):
         """Writes a line with date and time to the log file, and perhaps without to the terminal."""
@@ -235,7 +237,7 @@ def find_topic(producer, topic):
         except KafkaException as exception:
             if exception.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
                 sys.exit(f"kafka_producer.py: can't write to topic {topic}: {reason(exception)}")
-            seconds *= 2
+            seconds = min(2 * seconds, 8)
             continue
         if error is None:
             return

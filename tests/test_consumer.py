@@ -48,6 +48,22 @@ def test_signals_commit_and_end(scripts, cluster, filled, group, signum):
     assert again.lines == ["{}"]
 
 
+def test_partitions_that_are_lost(scripts, cluster, filled, group):
+    """A consumer that was silent for too long says so, and the next one repeats what was not committed."""
+    short = "session.timeout.ms=6000\nheartbeat.interval.ms=1000\nauto.commit.interval.ms=60000\n"
+    (scripts.folder / "short").write_text(short)
+    first = scripts.consumer("-t", filled, "-G", group, "-F", "short")
+    first.wait_for_lines(10)
+    first.process.send_signal(signal.SIGSTOP)
+    second = scripts.consumer("-t", filled, "-G", group, "-F", "short")
+    second.wait_for_lines(10)
+    first.process.send_signal(signal.SIGCONT)
+    first.wait_for_stderr("Lost the partitions. Events since the last commit come again.\n")
+    assert first.end() == 0
+    assert second.end() == 0
+    assert first.lines == second.lines
+
+
 def test_two_consumers_share_four_partitions(scripts, cluster, topic, group):
     create_topic(cluster, topic, partitions=4)
     first = scripts.consumer("-t", topic, "-G", group)
@@ -187,6 +203,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scri
     config.write_text(f"bootstrap.servers=localhost:1\ngroup.id=other-{group}\n")
     assert scripts.consumer("-t", filled, "-F", config, "-G", group, "-e").wait() == 0
     assert committed(cluster, filled, group) == 10
+
+
+def test_exit_while_events_keep_coming(scripts, topic, group):
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.05)
+    producer.wait_for_lines(2)
+    assert scripts.consumer("-t", topic, "-G", group, "--exit").wait() == 0
+    assert producer.end() == 130
 
 
 def test_exit_without_a_topic(scripts, topic):
