@@ -29,7 +29,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "group.id": "python-consumer",
+    "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # 1. poll() returns event 6.
@@ -55,15 +55,15 @@ def main():
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
-    partitions = Partitions()  # Prints which ones the group gives us, and knows whether they are read to the end.
     progress = Progress(consumer)  # Does step 3.
+    end = End()  # For --exit: knows whether all is read.
     printed = 0
     try:
         if args.from_offset is None:
             # Joins the group. Rebalances happen in poll(), which then calls one of these.
             consumer.subscribe(
                 [args.topic],
-                on_assign=partitions.on_assign,
+                on_assign=progress.on_assign,
                 on_revoke=progress.on_revoke,
                 on_lost=progress.on_lost,
             )
@@ -79,14 +79,14 @@ def main():
                 printed += 1
                 continue
             if message is not None:  # Not an event, but a problem; or the end of a partition, which --exit asks for.
-                handle_error(message, args.topic, partitions)
-            if args.exit and partitions.are_read(consumer):
+                handle_error(message, args.topic, end)
+            if args.exit and end.has_come(consumer):
                 break
-        progress.store()
+        progress.store()  # Step 3 for the last events.
         tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-            consumer.close()  # Calls on_revoke, commits what is stored, and leaves the group.
+            consumer.close()  # Step 4 for the last events. Leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -121,16 +121,19 @@ def process(message, verbose):
 def finish():
     """Makes sure that what process() did can't be lost any more. Called before step 3.
 
-    print() only puts text into a buffer; this writes it out. To put events into a database, commit here, for example.
+    print() only puts text into a buffer; this writes it out. If you collect events for a database, write them here.
     """
     sys.stdout.flush()
 
 
 class Progress:
-    """Does step 3 when no event is waiting, or once a second: finish() after each event would be slow.
+    """Remembers which events are processed, and does step 3 for them.
 
-    unstored: {(topic, partition): the last Message that is processed}. The last one is enough: to go on at 7 means that
-    all before 7 are done.
+    It calls finish() first: the other way round, a crash could lose an event whose offset is stored. As finish() is
+    slow, this is not done for each event, but when none is waiting, once a second, before a rebalance, and at the end.
+
+    unstored: {(topic, partition): the last Message that is processed}. It stands for all before it: to go on at 7 means
+    that they are done.
     """
 
     def __init__(self, consumer):
@@ -153,8 +156,14 @@ class Progress:
         self.unstored.clear()
         self.store_at = time.monotonic() + 1
 
+    def on_assign(self, consumer, partitions):
+        """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
+        have = {*partitions, *consumer.assignment()}  # By some protocols we keep others.
+        names = ", ".join(str(each.partition) for each in sorted(have))
+        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
+
     def on_revoke(self, consumer, partitions):
-        """A rebalance is about to take partitions away: step 3 for what is done. The library then does step 4."""
+        """A rebalance, or close(), is about to take partitions away: still time for step 3. Step 4 follows."""
         self.store()
 
     def on_lost(self, consumer, partitions):
@@ -172,11 +181,11 @@ LASTING_ERRORS = {
 }
 
 
-def handle_error(message, topic, partitions):
+def handle_error(message, topic, end):
     """Handles what poll() returns besides events. Ends the program if it is a lasting error."""
     error = message.error()
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        partitions.at_end.add(TopicPartition(message.topic(), message.partition()))
+        end.reached.add(TopicPartition(message.topic(), message.partition()))
     elif error.code() in LASTING_ERRORS:
         sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
     else:
@@ -195,41 +204,26 @@ HINT = (
 )
 
 
-class Partitions:
-    """Tells which partitions the group gives us; and, for --exit, whether they are read to the end.
+class End:
+    """Knows for --exit whether all is read.
 
-    at_end: a set of TopicPartitions, those that are read to the end.
-    others_have_all: whether the last rebalance left us with no partitions.
-    wait_until: how long to wait for partitions while we have none, in the time of time.monotonic().
+    reached: a set of TopicPartitions, those that are read to the end.
+    give_up_at: how long to wait for partitions while we have none, in the time of time.monotonic().
     """
 
     def __init__(self):
-        self.at_end = set()
-        self.others_have_all = False
-        self.wait_until = time.monotonic() + 60
+        self.reached = set()
+        self.give_up_at = time.monotonic() + 60
 
-    def on_assign(self, consumer, partitions):
-        """A rebalance gives us partitions, perhaps none. The library reads each from its committed offset on."""
-        have = {*partitions, *consumer.assignment()}  # By some protocols we keep others.
-        self.at_end -= set(partitions)
-        self.others_have_all = not have
-        self.wait_until = time.monotonic() + (60 if have else 10)
-        names = ", ".join(str(each.partition) for each in sorted(have))
-        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
-
-    def are_read(self, consumer):
-        """Returns True if each is read to the end, or if others of the group have had all of them for 10 seconds.
-
-        Ends the program if the group says nothing about partitions for 60 seconds.
-        """
+    def has_come(self, consumer):
+        """Returns True if all our partitions are read to the end. Ends the program if we have had none for a minute."""
         have = consumer.assignment()
         if have:
-            self.wait_until = time.monotonic() + 60
-            return self.at_end.issuperset(have)
-        waited = time.monotonic() > self.wait_until
-        if waited and not self.others_have_all:
-            sys.exit("kafka_consumer.py: no partitions for 60 seconds. Other members of the group may have them all.")
-        return waited
+            self.reached &= set(have)
+            self.give_up_at = time.monotonic() + 60
+        elif time.monotonic() > self.give_up_at:
+            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
+        return bool(have) and self.reached == set(have)
 
 
 class Trouble:

@@ -29,16 +29,17 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If no confirmation comes, the library sends the event again. With idempotence a broker that has it already does
-    # not store it a second time, and the order stays.
+    # If no confirmation comes, the library sends the event again. Idempotence means that a broker that has it already
+    # recognizes it and does not store it twice. It also keeps the order.
     "enable.idempotence": True,
-    # Send a request to a broker when it has answered the one before. With several on the way at a time, idempotence can
-    # fail when another broker takes over (librdkafka issue 4953). The price: it is slower where answers take long.
+    # Send a request to a broker only when it has answered the one before. With several on the way, an event can be
+    # stored twice in spite of idempotence when another broker takes over (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # By a hash of the key: the partition that Java programs choose, too.
+    "partitioner": "murmur2_random",  # How a key becomes a partition: by the same hash as in Java's library.
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
-MAX_UNCONFIRMED = 10_000  # So many events may be unconfirmed at a time. If this program is killed, they may be lost.
+# So many events at most wait in this program's memory for their confirmation. If it is killed, they may be lost.
+MAX_UNCONFIRMED = 10_000
 
 
 def main():
@@ -63,7 +64,7 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and run.exit_status == 0:  # Not 0: something failed, or Ctrl-C was pressed.
+        while made < args.count and run.exit_status == 0:  # It is set by a failure or Ctrl-C.
             too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
@@ -89,8 +90,7 @@ def main():
 def registration(fake):
     """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
 
-    --count and --interval say how many events there are, and how fast they come: by default ten, one a second. With
-    --count 0 it is for you to end: let main() leave its loop by break when there is no more.
+    --count and --interval say how many events there are, and how fast they come: by default ten, one a second.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
