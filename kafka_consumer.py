@@ -38,7 +38,7 @@ SETTINGS = {
 # 4. The library commits 7, that is, sends it to Kafka: every five seconds, before a rebalance takes the partition away,
 #    and in close().
 # If the program is killed before step 4, event 6 comes again: better twice than never.
-# --config can't change these two settings.
+# --config can't change these two settings; --from-offset switches step 4 off.
 FIXED = {
     "enable.auto.offset.store": False,  # By default poll() does step 3. Then a crash in step 2 could lose the event.
     "enable.auto.commit": True,  # The library does step 4.
@@ -77,11 +77,11 @@ def main():
                 process(message, args.verbose)
                 progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
                 printed += 1
-                continue
-            if message is not None:  # Not an event, but a problem; or the end of a partition, which --exit asks for.
-                handle_error(message, args.topic, end)
-            if args.exit and end.has_come(consumer):
-                break
+            else:
+                if message is not None:  # A problem; or the end of a partition, which --exit asks for.
+                    handle_error(message, args.topic, end)
+                if args.exit and end.has_come(consumer):
+                    break
         progress.store()  # Step 3 for the last events.
         tell(f"Printed {printed} events. Closing.")
     finally:
@@ -91,10 +91,10 @@ def main():
 
 
 def next_message(consumer, progress):
-    """Returns the next Message, or None if there is none for half a second."""
+    """Returns the next Message, or None if there is none for half a second. Does step 3 before it waits."""
     message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
     if message is None:
-        progress.store()  # No event is waiting, so there is time for step 3.
+        progress.store()  # There is time for step 3.
         message = consumer.poll(0.5)  # This waits.
     return message
 
@@ -105,8 +105,8 @@ def process(message, verbose):
     message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had.
 
     Each event is processed at least once. It comes again in these cases:
-    - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
-      bad event can cause.
+    - This raises an exception, or finish() does. The program ends, and the next run begins with the same event; so
+      catch what a single bad event can cause.
     - The program is killed, or the power fails. The next run begins at the committed offset.
     - This takes more than five minutes (max.poll.interval.ms), or the group does not hear from us for 45 seconds
       (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
@@ -119,7 +119,7 @@ def process(message, verbose):
 
 
 def finish():
-    """Makes sure that what process() did can't be lost any more. Called before step 3.
+    """Makes sure that what process() did can't be lost any more. Called before step 3, also if there is nothing to do.
 
     print() only puts text into a buffer; this writes it out. If you collect events for a database, write them here.
     """
@@ -149,11 +149,12 @@ class Progress:
 
     def store(self):
         """Stores in the library's memory where to go on."""
-        finish()
-        for message in self.unstored.values():
+        processed = self.unstored
+        self.unstored = {}
+        finish()  # If it raises an exception, none of them is stored, not even in close(). So they come again.
+        for message in processed.values():
             with contextlib.suppress(KafkaException):  # If the partition is lost. We are told in poll().
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
-        self.unstored.clear()
         self.store_at = time.monotonic() + 1
 
     def on_assign(self, consumer, partitions):
@@ -168,7 +169,7 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """Other consumers have our partitions already: too late for steps 3 and 4."""
-        self.unstored.clear()
+        self.unstored = {}
         tell("Lost the partitions. Events since the last commit come again.")
 
 
@@ -434,6 +435,7 @@ def parse_arguments():
         parser.error(f"--config can't change {key}")
     args.settings = args.config.copy()
     if args.bootstrap_servers:
+        args.settings.pop("metadata.broker.list", None)  # Another name for the same.
         args.settings["bootstrap.servers"] = args.bootstrap_servers
     if args.group:
         args.settings["group.id"] = args.group

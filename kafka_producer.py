@@ -64,13 +64,15 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and run.exit_status == 0:  # It is set by a failure or Ctrl-C.
+        while made < args.count and not run.stopped:  # By a failure or Ctrl-C.
             too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
             else:
                 event = registration(fake)
+                if event is None:  # There are no more.
+                    break
                 made += 1
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
@@ -90,7 +92,8 @@ def main():
 def registration(fake):
     """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
 
-    --count and --interval say how many events there are, and how fast they come: by default ten, one a second.
+    If there are no more, return None. --count and --interval say how many there are, and how fast they come: by default
+    ten, one a second. Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -118,13 +121,18 @@ class Report:
             self.delivered += 1
             # The offset is None if the event was sent again and the broker had it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
-            self.run.record(f"Produced message on {event}, {place}", sys.stdout, is_shown=not self.quiet)
+            line = f"Produced message on {event}, {place}"
+            self.run.log(line)
+            if not self.quiet:
+                self.run.write(line, sys.stdout)
         else:
             self.run.stop(1)  # main() queues no more.
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
-            # The terminal shows the first failure, and the log file has all of them.
-            self.run.record(f"Failed to deliver to {event}: {error.str()}", sys.stderr, is_shown=not self.has_failed)
-            self.has_failed = True
+            line = f"Failed to deliver to {event}: {error.str()}"
+            self.run.log(line)
+            if not self.has_failed:  # On the terminal the first one is enough.
+                self.has_failed = True
+                self.run.write(line, sys.stderr)
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -161,6 +169,10 @@ class Run:
         self.exit_status = 0
         self.give_up_at = math.inf
 
+    @property
+    def stopped(self):
+        return self.exit_status != 0
+
     def stop(self, status):
         """Ends the sending. Of several statuses the first one counts."""
         self.exit_status = self.exit_status or status
@@ -168,13 +180,13 @@ class Run:
     def fail(self, error, topic):
         """Ends the sending because of an exception of the library."""
         self.stop(1)
-        self.record(f"kafka_producer.py: can't write to topic {topic}: {reason(error)}", sys.stderr, is_shown=True)
+        line = f"kafka_producer.py: can't write to topic {topic}: {reason(error)}"
+        self.log(line)
+        self.write(line, sys.stderr)
 
-    def record(self, line, file, is_shown):
-        """Writes a line with date and time to the log file, and perhaps without to the terminal."""
+    def log(self, line):
+        """Writes a line with date and time to the log file."""
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
-        if is_shown:
-            self.write(line, file)
 
     def write(self, line, file):
         """Writes a line at once. If that is not possible, it is told on stderr and ends the sending."""
@@ -263,7 +275,11 @@ def stop_on_signals(run):
 
 def wait_for_reports(producer, run, topic):
     """Does what producer.flush() does, which loses a report if there is a fatal error. run.give_up_at ends it."""
+    silent_until = time.monotonic() + 3
     while True:
+        if time.monotonic() > silent_until:
+            silent_until = math.inf
+            run.write(f"Waiting for the delivery reports of {len(producer)} events.", sys.stderr)
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.
         try:
@@ -316,6 +332,7 @@ def parse_arguments():
         parser.error(f"--config can't change {key}")
     args.settings = args.config.copy()
     if args.bootstrap_servers:
+        args.settings.pop("metadata.broker.list", None)  # Another name for the same.
         args.settings["bootstrap.servers"] = args.bootstrap_servers
     return args
 
