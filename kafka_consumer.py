@@ -21,8 +21,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A broker is a Kafka server. It keeps events in topics: logs to which events are appended. Reading removes nothing;
 # Kafka deletes events when they are older than a set time.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
-# A consumer group is one or more consumers that share the partitions of a topic: each event goes to one of them. Every
-# group gets all events.
+# A consumer group is one or more consumers that share the partitions of a topic: each partition belongs to one of them,
+# so each event goes to one of them. Every group gets all events.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
 
@@ -30,7 +30,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
-    "auto.offset.reset": "earliest",  # With no committed offset, or if that event is gone, start at the oldest one.
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 # 1. poll() returns event 6.
 # 2. process() handles it.
@@ -82,7 +82,7 @@ def main():
                     handle_error(message, args.topic, end)
                 if args.exit and end.has_come(consumer):
                     break
-        progress.store()  # Step 3 for the last events.
+        progress.store()  # Step 3 for the last events. After an exception close() does it, by on_revoke().
         tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
@@ -105,9 +105,10 @@ def process(message, verbose):
     message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had.
 
     Each event is processed at least once. It comes again in these cases:
-    - This raises an exception, or finish() does. The program ends, and the next run begins with the same event; so
-      catch what a single bad event can cause.
-    - The program is killed, or the power fails. The next run begins at the committed offset.
+    - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
+      bad event can cause.
+    - finish() raises an exception, the program is killed, or the power fails. The next run begins at the committed
+      offset.
     - This takes more than five minutes (max.poll.interval.ms), or the group does not hear from us for 45 seconds
       (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
     """
@@ -121,19 +122,21 @@ def process(message, verbose):
 def finish():
     """Makes sure that what process() did can't be lost any more. Called before step 3, also if there is nothing to do.
 
-    print() only puts text into a buffer; this writes it out. If you collect events for a database, write them here.
+    print() only puts text into a buffer; this writes it out. If you collect events for a database, write them here: in
+    less than eight seconds, since the program waits no longer when it ends.
     """
     sys.stdout.flush()
 
 
 class Progress:
-    """Remembers which events are processed, and does step 3 for them.
+    """Remembers processed events, and does step 3 for them.
 
-    It calls finish() first: the other way round, a crash could lose an event whose offset is stored. As finish() is
-    slow, this is not done for each event, but when none is waiting, once a second, before a rebalance, and at the end.
+    store() first calls finish(), and then stores the offsets. In the other order a crash in between could lose events:
+    Kafka would take them for done while they are still in a buffer. finish() is slow, so store() is not called for each
+    event.
 
-    unstored: {(topic, partition): the last Message that is processed}. It stands for all before it: to go on at 7 means
-    that they are done.
+    unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
+    are done.
     """
 
     def __init__(self, consumer):
@@ -151,15 +154,15 @@ class Progress:
         """Stores in the library's memory where to go on."""
         processed = self.unstored
         self.unstored = {}
-        finish()  # If it raises an exception, none of them is stored, not even in close(). So they come again.
+        finish()  # If it raises an exception, these are never stored, not even in close(). They come again.
         for message in processed.values():
-            with contextlib.suppress(KafkaException):  # If the partition is lost. We are told in poll().
+            with contextlib.suppress(KafkaException):  # If the partition is lost, which on_lost() tells.
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.store_at = time.monotonic() + 1
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        have = {*partitions, *consumer.assignment()}  # By some protocols we keep others.
+        have = {*partitions, *consumer.assignment()}  # In a cooperative rebalance we keep others.
         names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 

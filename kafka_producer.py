@@ -19,8 +19,8 @@ from faker import Factory
 
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic. It keeps its events in order. Other brokers may have replicas of it: copies. If its
-# broker fails, one that has a replica takes over.
+# A partition is a part of a topic, and keeps its events in order. One broker is in charge of it. Others may have
+# replicas of it, which are copies; if the broker in charge fails, one of them takes over.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
@@ -29,14 +29,14 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # If no confirmation comes, the library sends the event again. Idempotence means that a broker that has it already
-    # recognizes it and does not store it twice. It also keeps the order.
+    # The confirmation can get lost although the broker has stored the event. The library then sends the event again.
+    # With idempotence the broker recognizes it and does not store it twice. Events stay in order, too.
     "enable.idempotence": True,
-    # Send a request to a broker only when it has answered the one before. With several on the way, an event can be
-    # stored twice in spite of idempotence when another broker takes over (librdkafka issue 4953).
+    # Only one unanswered request to a broker at a time. With more, which would be faster, a bug can store an event
+    # twice when another broker takes over a partition (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # How a key becomes a partition: by the same hash as in Java's library.
+    "partitioner": "murmur2_random",  # How a key becomes a partition: as in Java programs, so that all agree.
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
 # So many events at most wait in this program's memory for their confirmation. If it is killed, they may be lost.
 MAX_UNCONFIRMED = 10_000
@@ -82,7 +82,7 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0, as producer.flush() does. After Ctrl-C it gives them up in five seconds.
+        # len(producer) is 0. producer.flush() does nearly the same, but loses a report if there is a fatal error.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -274,7 +274,7 @@ def stop_on_signals(run):
 
 
 def wait_for_reports(producer, run, topic):
-    """Does what producer.flush() does, which loses a report if there is a fatal error. run.give_up_at ends it."""
+    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
     silent_until = time.monotonic() + 3
     while True:
         if time.monotonic() > silent_until:
