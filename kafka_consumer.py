@@ -221,13 +221,14 @@ class End:
 
     def has_come(self, consumer):
         """Returns True if all our partitions are read to the end. Ends the program if we have had none for a minute."""
-        have = consumer.assignment()
+        have = set(consumer.assignment())
         if have:
-            self.reached &= set(have)
             self.give_up_at = time.monotonic() + 60
-        elif time.monotonic() > self.give_up_at:
+            self.reached &= have
+            return self.reached == have
+        if time.monotonic() > self.give_up_at:
             sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
-        return bool(have) and self.reached == set(have)
+        return False
 
 
 class Trouble:

@@ -146,7 +146,7 @@ MORE_SETTINGS = {
 }
 # --config can't change these settings.
 FIXED = {
-    "delivery.report.only.error": False,
+    "delivery.report.only.error": False,  # Otherwise on_delivery() would not hear of what is delivered.
     # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.

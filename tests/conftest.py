@@ -373,6 +373,16 @@ def committed(cluster, topic, group, partition=0):
         consumer.close()
 
 
+def consumer_with(folder, lines):
+    """Writes mine.py, a copy of kafka_consumer.py whose process() does these lines first; returns its path."""
+    begin = "    line = printable(message.value())\n"
+    before, found, after = (ROOT / "kafka_consumer.py").read_text().partition(begin)
+    assert found
+    path = folder / "mine.py"
+    path.write_text(f"{before}{lines}{begin}{after}")
+    return path
+
+
 def press_again(script, signum):
     """Sends a signal again and again, as impatient people do, for two seconds at most; returns the exit status."""
 

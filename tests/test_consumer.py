@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from confluent_kafka import Producer
-from conftest import LIMIT, ROOT, committed, create_topic, numbered, numbers, produce, wait_until
+from conftest import LIMIT, committed, consumer_with, create_topic, numbered, numbers, produce, wait_until
 
 
 def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, group):
@@ -22,10 +22,8 @@ def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, gro
 
 def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled, group):
     """What was processed before it is done with, though the library had read on."""
-    code = (ROOT / "kafka_consumer.py").read_text()
-    before, process, after = code.partition("    line = printable(message.value())\n")
-    (scripts.folder / "mine.py").write_text(f"{before}    assert message.offset() < 5\n{process}{after}")
-    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", filled, "-G", group]
+    mine = consumer_with(scripts.folder, "    assert message.offset() < 5\n")
+    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 1
     assert done.stderr.endswith("AssertionError\n")

@@ -247,7 +247,11 @@ def test_who_is_not_let_in(turned_away, cluster, what):
 def test_a_topic_that_nobody_makes(scripts, files, topic):
     path = write(scripts.folder / "client.properties", login(files, "alice"))
     producer = scripts.producer("-t", topic, "-F", path)
-    assert_failed(producer, seconds_until_end(producer), f"can't write to topic {topic}: .*Unknown topic or partition")
+    seconds = seconds_until_end(producer)
+    assert seconds < 20
+    assert_failed(producer, seconds, "")
+    error = f"kafka_producer.py: can't write to topic {topic}: Broker: Unknown topic or partition"
+    assert producer.stderr.splitlines()[-1] == error
     assert producer.stdout == ""
 
 
