@@ -153,16 +153,18 @@ class Progress:
     def store(self):
         """Stores in the library's memory where to go on."""
         processed = self.unstored
+        # Emptied before finish(): if that raises an exception, close() calls store() again, by on_revoke(). It must not
+        # take for done what finish() could not save.
         self.unstored = {}
-        finish()  # If it raises an exception, these are never stored, not even in close(). They come again.
+        finish()
         for message in processed.values():
-            with contextlib.suppress(KafkaException):  # If the partition is lost, which on_lost() tells.
+            with contextlib.suppress(KafkaException):  # The partition may not be ours any more.
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.store_at = time.monotonic() + 1
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        have = {*partitions, *consumer.assignment()}  # In a cooperative rebalance we keep others.
+        have = {*partitions, *consumer.assignment()}  # With some settings a rebalance leaves us others.
         names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
@@ -171,7 +173,7 @@ class Progress:
         self.store()
 
     def on_lost(self, consumer, partitions):
-        """Other consumers have our partitions already: too late for steps 3 and 4."""
+        """We were silent for too long (see process()), and others have our partitions: too late for steps 3 and 4."""
         self.unstored = {}
         tell("Lost the partitions. Events since the last commit come again.")
 

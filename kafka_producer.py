@@ -36,9 +36,9 @@ SETTINGS = {
     # twice when another broker takes over a partition (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # How a key becomes a partition: as in Java programs, so that all agree.
+    "partitioner": "murmur2_random",  # How a key becomes a partition: by the same hash as in Java programs.
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
-# So many events at most wait in this program's memory for their confirmation. If it is killed, they may be lost.
+# At most this many events wait in memory for their confirmation. If the program is killed, they may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
@@ -82,7 +82,7 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0. producer.flush() does nearly the same, but loses a report if there is a fatal error.
+        # len(producer) is 0. Many programs call producer.flush() here; wait_for_reports() says why we don't.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -274,7 +274,10 @@ def stop_on_signals(run):
 
 
 def wait_for_reports(producer, run, topic):
-    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
+    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
+
+    producer.flush() raises an exception if there is an error after which the library can't go on, and a report is lost.
+    """
     silent_until = time.monotonic() + 3
     while True:
         if time.monotonic() > silent_until:
