@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import traceback
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 # A broker is a Kafka server. It keeps events in topics: logs to which events are appended. Reading removes nothing;
-# Kafka deletes events when they are older than a set time.
+# Kafka deletes events when they are older than a set time. The library calls an event a message.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer group is one or more consumers that share the partitions of a topic: each partition belongs to one of them,
 # so each event goes to one of them. Every group gets all events.
@@ -40,7 +41,9 @@ SETTINGS = {
 # If the program is killed before step 4, event 6 comes again: better twice than never.
 # --config can't change these two settings; --from-offset switches step 4 off.
 FIXED = {
-    "enable.auto.offset.store": False,  # By default poll() does step 3. Then a crash in step 2 could lose the event.
+    # By default poll() also does step 3. If the program is killed while step 2 is at work, step 4 may have been done
+    # already, and event 6 never comes again. So we do step 3 ourselves.
+    "enable.auto.offset.store": False,
     "enable.auto.commit": True,  # The library does step 4.
 }
 
@@ -56,7 +59,7 @@ def main():
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
     progress = Progress(consumer)  # Does step 3.
-    end = End()  # For --exit: knows whether all is read.
+    end = End(args.exit)  # Knows when to stop.
     printed = 0
     try:
         if args.from_offset is None:
@@ -70,19 +73,18 @@ def main():
         else:
             # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
-        stop = stop_on_signals()
-        while printed < args.max_messages and not stop.is_set():
-            message = next_message(consumer, progress)  # Calls consumer.poll(). None: no event for half a second.
-            if message is not None and not message.error():
-                process(message, args.verbose)
-                progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
-                printed += 1
-            else:
-                if message is not None:  # A problem; or the end of a partition, which --exit asks for.
-                    handle_error(message, args.topic, end)
-                if args.exit and end.has_come(consumer):
-                    break
-        progress.store()  # Step 3 for the last events. After an exception close() does it, by on_revoke().
+        handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
+        while printed < args.max_messages and not end.has_come(consumer):
+            message = next_message(consumer, progress)  # Calls consumer.poll().
+            if message is None:  # No event for half a second.
+                continue
+            if message.error():  # A problem; with --exit also the end of a partition.
+                handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
+                continue
+            process(message, args.verbose)
+            progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
+            printed += 1
+        progress.store()  # Step 3 for the last events.
         tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
@@ -109,8 +111,8 @@ def process(message, verbose):
       bad event can cause.
     - finish() raises an exception, the program is killed, or the power fails. The next run begins at the committed
       offset.
-    - This takes more than five minutes (max.poll.interval.ms), or the group does not hear from us for 45 seconds
-      (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
+    - This takes more than five minutes (max.poll.interval.ms), or the library can't reach Kafka for 45 seconds
+      (session.timeout.ms). Another consumer of the group then gets our partitions, and begins at the committed offset.
     """
     line = printable(message.value())
     if verbose:
@@ -169,33 +171,13 @@ class Progress:
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance, or close(), is about to take partitions away: still time for step 3. Step 4 follows."""
+        """A rebalance is about to take partitions away; or close() is, also after an exception. Step 4 follows."""
         self.store()
 
     def on_lost(self, consumer, partitions):
         """We were silent for too long (see process()), and others have our partitions: too late for steps 3 and 4."""
         self.unstored = {}
         tell("Lost the partitions. Events since the last commit come again.")
-
-
-# Errors that do not go away by themselves.
-LASTING_ERRORS = {
-    KafkaError._FATAL,
-    KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-}
-
-
-def handle_error(message, topic, end):
-    """Handles what poll() returns besides events. Ends the program if it is a lasting error."""
-    error = message.error()
-    if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        end.reached.add(TopicPartition(message.topic(), message.partition()))
-    elif error.code() in LASTING_ERRORS:
-        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
-    else:
-        tell(error.str())  # The library tries again.
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -210,19 +192,39 @@ HINT = (
 )
 
 
+# Errors that do not go away by themselves.
+LASTING_ERRORS = {
+    KafkaError._FATAL,
+    KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+}
+
+
 class End:
-    """Knows for --exit whether all is read.
+    """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: a set of TopicPartitions, those that are read to the end.
-    give_up_at: how long to wait for partitions while we have none, in the time of time.monotonic().
+    look_at: when to see again whether these are all; give_up_at: how long to wait for partitions while we have none.
+    Both are in the time of time.monotonic().
     """
 
-    def __init__(self):
+    def __init__(self, exit_when_all_is_read):
+        self.signalled = False
         self.reached = set()
+        self.look_at = 0 if exit_when_all_is_read else math.inf
         self.give_up_at = time.monotonic() + 60
 
+    def on_signal(self, *_):
+        """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
+        handle_signals(signal.SIG_DFL)
+        self.signalled = True
+
     def has_come(self, consumer):
-        """Returns True if all our partitions are read to the end. Ends the program if we have had none for a minute."""
+        """Returns whether to stop. Ends the program if we have had no partitions for a minute."""
+        if self.signalled or time.monotonic() < self.look_at:
+            return self.signalled
+        self.look_at = time.monotonic() + 0.5  # To ask for each event would be slow.
         have = set(consumer.assignment())
         if have:
             self.give_up_at = time.monotonic() + 60
@@ -231,6 +233,22 @@ class End:
         if time.monotonic() > self.give_up_at:
             sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
         return False
+
+    def partition_ends(self, message):
+        """A partition is read to the end."""
+        self.reached.add(TopicPartition(message.topic(), message.partition()))
+        self.look_at = 0
+
+
+def handle_error(message, topic, end):
+    """Handles what poll() returns besides events. Ends the program if the error is a lasting one."""
+    error = message.error()
+    if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
+        end.partition_ends(message)
+    elif error.code() in LASTING_ERRORS:
+        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
+    else:
+        tell(error.str())  # The library tries again.
 
 
 class Trouble:
@@ -336,18 +354,6 @@ def first_offsets(consumer, topic, wanted):
     except KafkaException as error:
         sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.args[0].str()}")
     return starts
-
-
-def stop_on_signals():
-    """Returns a threading.Event that Ctrl-C and SIGTERM set. A second signal ends the program at once."""
-    stop = threading.Event()
-
-    def on_signal(*_):
-        handle_signals(signal.SIG_DFL)
-        stop.set()
-
-    handle_signals(on_signal)
-    return stop
 
 
 def handle_signals(handler):

@@ -18,6 +18,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from faker import Factory
 
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
+# The library calls an event a message.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
 # A partition is a part of a topic, and keeps its events in order. One broker is in charge of it. Others may have
 # replicas of it, which are copies; if the broker in charge fails, one of them takes over.
@@ -126,7 +127,7 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            self.run.stop(1)  # main() queues no more.
+            self.run.stop(exit_status=1)  # main() queues no more.
             # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
@@ -173,13 +174,13 @@ class Run:
     def stopped(self):
         return self.exit_status != 0
 
-    def stop(self, status):
-        """Ends the sending. Of several statuses the first one counts."""
-        self.exit_status = self.exit_status or status
+    def stop(self, exit_status):
+        """Ends the sending. Of several exit statuses the first one counts."""
+        self.exit_status = self.exit_status or exit_status
 
     def fail(self, error, topic):
         """Ends the sending because of an exception of the library."""
-        self.stop(1)
+        self.stop(exit_status=1)
         line = f"kafka_producer.py: can't write to topic {topic}: {reason(error)}"
         self.log(line)
         self.write(line, sys.stderr)
@@ -195,7 +196,7 @@ class Run:
         except OSError as error:
             # From now on the file discards everything, also what Python still has to write to it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-            self.stop(1)
+            self.stop(exit_status=1)
             name = "standard output" if file is sys.stdout else file.name
             self.write(f"kafka_producer.py: can't write to {name}: {error.strerror}", sys.stderr)
 
@@ -266,7 +267,7 @@ def stop_on_signals(run):
     def on_signal(number, _):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        run.stop(128 + number)
+        run.stop(exit_status=128 + number)
         run.give_up_at = time.monotonic() + 5
 
     signal.signal(signal.SIGINT, on_signal)
