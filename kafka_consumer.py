@@ -33,18 +33,20 @@ SETTINGS = {
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# 1. poll() returns event 6.
-# 2. process() handles it.
-# 3. store_offsets() notes in the memory of the library that we go on at offset 7.
-# 4. The library commits 7, that is, sends it to Kafka: every five seconds, before a rebalance takes the partition away,
-#    and in close().
-# If the program is killed before step 4, event 6 comes again: better twice than never.
-# --config can't change these two settings; --from-offset switches step 4 off.
+
+# What happens to an event, for example the one at offset 6:
+# 1. Poll: the library hands it to us.
+# 2. Process: we print it.
+# 3. Store: we tell the library that it is done. In its memory it notes 7, the offset to go on at.
+# 4. Commit: the library sends the 7 to Kafka. It does so every five seconds, before a rebalance takes the partition
+#    away, and at the end.
+# If the program is killed before the commit, event 6 comes again: better twice than never.
+# --config can't change these two settings; --from-offset switches the commits off.
 FIXED = {
-    # By default poll() also does step 3. If the program is killed while step 2 is at work, step 4 may have been done
-    # already, and event 6 never comes again. So we do step 3 ourselves.
+    # By default the library stores the offset when it hands us the event. If it then commits it, and the program is
+    # killed while we are processing the event, the event is lost for us. So we store it ourselves, after processing.
     "enable.auto.offset.store": False,
-    "enable.auto.commit": True,  # The library does step 4.
+    "enable.auto.commit": True,
 }
 
 
@@ -58,7 +60,7 @@ def main():
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
-    progress = Progress(consumer)  # Does step 3.
+    progress = Progress(consumer)  # Stores offsets.
     end = End(args.exit)  # Knows when to stop.
     printed = 0
     try:
@@ -71,7 +73,7 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            # Takes all partitions, from offsets of our own, whatever the group does. Nothing is committed.
+            # Reads all partitions, from offsets that we choose, and leaves the group alone: nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come(consumer):
@@ -82,21 +84,24 @@ def main():
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
                 continue
             process(message, args.verbose)
-            progress.add(message)  # Step 3 follows when no event is waiting, or once a second.
+            progress.add(message)  # Its offset is stored when no event is waiting, or once a second.
             printed += 1
-        progress.store()  # Step 3 for the last events.
+        progress.store()  # For the last events.
         tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-            consumer.close()  # Step 4 for the last events. Leaves the group.
+            consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
 def next_message(consumer, progress):
-    """Returns the next Message, or None if there is none for half a second. Does step 3 before it waits."""
+    """Returns the next Message, or None if there is none for half a second.
+
+    Stores offsets before it waits, which also makes printed events appear. To do so for each event would be slow.
+    """
     message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
     if message is None:
-        progress.store()  # There is time for step 3.
+        progress.store()
         message = consumer.poll(0.5)  # This waits.
     return message
 
@@ -109,8 +114,8 @@ def process(message, verbose):
     Each event is processed at least once. It comes again in these cases:
     - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
       bad event can cause.
-    - finish() raises an exception, the program is killed, or the power fails. The next run begins at the committed
-      offset.
+    - The program is killed, the power fails, or what was processed can't be saved (see finish()). The next run begins
+      at the committed offset.
     - This takes more than five minutes (max.poll.interval.ms), or the library can't reach Kafka for 45 seconds
       (session.timeout.ms). Another consumer of the group then gets our partitions, and begins at the committed offset.
     """
@@ -122,20 +127,17 @@ def process(message, verbose):
 
 
 def finish():
-    """Makes sure that what process() did can't be lost any more. Called before step 3, also if there is nothing to do.
+    """Saves what process() did. Called before offsets are stored, even if there is nothing to save.
 
-    print() only puts text into a buffer; this writes it out. If you collect events for a database, write them here: in
-    less than eight seconds, since the program waits no longer when it ends.
+    With the buffer that is set up in the last lines of this file, print() only collects text; this writes it out. To
+    write to a database in batches, do it in the same way: let process() append to a list, write the list here, and then
+    clear it. That may take eight seconds, which is the limit at the end.
     """
     sys.stdout.flush()
 
 
 class Progress:
-    """Remembers processed events, and does step 3 for them.
-
-    store() first calls finish(), and then stores the offsets. In the other order a crash in between could lose events:
-    Kafka would take them for done while they are still in a buffer. finish() is slow, so store() is not called for each
-    event.
+    """Remembers which events are processed, and stores their offsets.
 
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
@@ -153,10 +155,10 @@ class Progress:
             self.store()
 
     def store(self):
-        """Stores in the library's memory where to go on."""
+        """Saves events, and then stores their offsets. The other way round, a crash in between would lose events."""
         processed = self.unstored
-        # Emptied before finish(): if that raises an exception, close() calls store() again, by on_revoke(). It must not
-        # take for done what finish() could not save.
+        # Forget them before finish(). If that fails, the program ends, and close() calls store() once more, through
+        # on_revoke(). If they were still here, it would store the offsets of events that are not saved.
         self.unstored = {}
         finish()
         for message in processed.values():
@@ -166,16 +168,17 @@ class Progress:
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        have = {*partitions, *consumer.assignment()}  # With some settings a rebalance leaves us others.
+        # We may have others: with cooperative rebalances (partition.assignment.strategy) these are only the new ones.
+        have = {*partitions, *consumer.assignment()}
         names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance is about to take partitions away; or close() is, also after an exception. Step 4 follows."""
+        """A rebalance is about to take partitions away; or close() is, also after an exception. A commit follows."""
         self.store()
 
     def on_lost(self, consumer, partitions):
-        """We were silent for too long (see process()), and others have our partitions: too late for steps 3 and 4."""
+        """We were silent for too long (see process()), and others have our partitions: too late to store or commit."""
         self.unstored = {}
         tell("Lost the partitions. Events since the last commit come again.")
 

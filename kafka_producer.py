@@ -30,16 +30,15 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
-    # The confirmation can get lost although the broker has stored the event. The library then sends the event again.
-    # With idempotence the broker recognizes it and does not store it twice. Events stay in order, too.
+    # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
+    # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
-    # Only one unanswered request to a broker at a time. With more, which would be faster, a bug can store an event
-    # twice when another broker takes over a partition (librdkafka issue 4953).
-    "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # How a key becomes a partition: by the same hash as in Java programs.
+    # How a key becomes a partition: by the same hash as in Java programs. Without a key it is a random one.
+    "partitioner": "murmur2_random",
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
-# At most this many events wait in memory for their confirmation. If the program is killed, they may be lost.
+# At most this many events wait in memory for their confirmation; then produce() has to wait. If the program is killed,
+# they may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
@@ -59,7 +58,7 @@ def main():
 
     # 1. produce() puts an event into a queue.
     # 2. A thread of the library sends it.
-    # 3. The broker's answer becomes a delivery report.
+    # 3. The broker's answer becomes a delivery report, and so do two minutes without one.
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
@@ -79,11 +78,11 @@ def main():
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
-    except KafkaException as error:  # The library refuses the event, or has hit a fatal error.
+    except KafkaException as error:  # The library refuses the event, or can't go on after an error, a fatal one.
         run.fail(error, args.topic)
     finally:
-        # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until
-        # len(producer) is 0. Many programs call producer.flush() here; wait_for_reports() says why we don't.
+        # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until there
+        # is a delivery report for each. producer.flush() does the same, but not after a fatal error (see there).
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -93,8 +92,8 @@ def main():
 def registration(fake):
     """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
 
-    If there are no more, return None. --count and --interval say how many there are, and how fast they come: by default
-    ten, one a second. Don't wait for data in here, since meanwhile no reports are passed on.
+    If there are no more, return None. By default ten are sent, one a second; with --count 0 --interval 0 all that there
+    are, at once. Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -120,15 +119,15 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            # The offset is None if the event was sent again and the broker had it already.
+            # The offset is None if the event was sent again: the broker then only says that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {event}, {place}"
             self.run.log(line)
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            self.run.stop(exit_status=1)  # main() queues no more.
-            # Not confirmed. It may be in the topic all the same, if only the confirmation was lost.
+            self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
+            # Not confirmed. It can be in the topic all the same, so whoever sends it anew may store it twice.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -139,6 +138,9 @@ class Report:
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
 MORE_SETTINGS = {
+    # Sends the next request to a broker when the last one is answered. The default of five is safe with idempotence,
+    # but for a bug: an event can be stored twice when another broker takes over a partition (librdkafka issue 4953).
+    "max.in.flight.requests.per.connection": 1,
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33

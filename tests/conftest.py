@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,11 +42,13 @@ INTERVAL = 0.02  # Seconds from one look to the next.
 # worker busy after all others.
 OWN_CLUSTERS = ["test_readme", "test_consumer_faults", "test_absent_broker", "test_faults", "test_brokers"]
 OWN_CLUSTERS += ["test_local_cluster", "test_kafka_4", "test_security"]
+# A test that waits for a minute: so it comes before all others.
+IDLE = "test_exit_when_others_of_the_group_have_all_partitions"
 
 
 def pytest_collection_modifyitems(items):
     """Called by pytest with the tests in the order in which they are to run."""
-    items.sort(key=lambda item: [*OWN_CLUSTERS, item.path.stem].index(item.path.stem))
+    items.sort(key=lambda item: (item.originalname != IDLE, [*OWN_CLUSTERS, item.path.stem].index(item.path.stem)))
 
 
 class Distribution(LoadScopeScheduling):
@@ -70,11 +74,26 @@ def pytest_configure_node(node):
 
 @functools.cache
 def cluster_of_all_workers(config):
-    for version in KAFKA_VERSIONS.values():
-        class_path(version)  # A download beside the tests could take longer than a test may.
+    # A download beside the tests could take longer than a test may.
+    first, *others = KAFKA_VERSIONS.values()
+    class_path(first)
+    with ThreadPoolExecutor() as executor:
+        downloads = executor.map(class_path, others)
+        learn_classes(COMPOSE_FILE)
+    list(downloads)  # Raises what they raised.
     clusters = contextlib.ExitStack()
     config.add_cleanup(clusters.close)
     return clusters.enter_context(new_cluster())
+
+
+def learn_classes(compose_file):
+    """Starts and stops a cluster, unless that is done: its processes leave behind what makes later starts faster."""
+    with tempfile.TemporaryDirectory(dir=DATA) as name:
+        folder = Path(name)
+        cluster = Cluster(copy_with_free_ports(compose_file, folder), folder, learns=True)
+        if not all(service.cache.exists() for service in cluster.services):
+            cluster.up()
+            cluster.down()
 
 
 def wait_until(condition, what, limit=LIMIT):

