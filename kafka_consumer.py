@@ -23,7 +23,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # Kafka deletes events when they are older than a set time. The library calls an event a message.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer group is one or more consumers that share the partitions of a topic: each partition belongs to one of them,
-# so each event goes to one of them. Every group gets all events.
+# so each event goes to one of them. Other groups do the same on their own, so every group gets all events.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
 
@@ -43,8 +43,8 @@ SETTINGS = {
 # If the program is killed before the commit, event 6 comes again: better twice than never.
 # --config can't change these two settings; --from-offset switches the commits off.
 FIXED = {
-    # By default the library stores the offset when it hands us the event. If it then commits it, and the program is
-    # killed while we are processing the event, the event is lost for us. So we store it ourselves, after processing.
+    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed while
+    # we process the event, it is lost for us. So we store the offset ourselves, after processing.
     "enable.auto.offset.store": False,
     "enable.auto.commit": True,
 }
@@ -90,18 +90,15 @@ def main():
         tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-            consumer.close()  # Commits what is stored, and leaves the group.
+            consumer.close()  # Calls on_revoke(), commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
 def next_message(consumer, progress):
-    """Returns the next Message, or None if there is none for half a second.
-
-    Stores offsets before it waits, which also makes printed events appear. To do so for each event would be slow.
-    """
+    """Returns the next Message, or None if there is none for half a second."""
     message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
     if message is None:
-        progress.store()
+        progress.store()  # Too slow to be done for each event; but now there is time.
         message = consumer.poll(0.5)  # This waits.
     return message
 
@@ -109,7 +106,7 @@ def next_message(consumer, progress):
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    message.value() is bytes, or None; json.loads(message.value()) gives the dict that the producer had.
+    message.value() is bytes, or None; json.loads(message.value()), with import json, gives the dict that was sent.
 
     Each event is processed at least once. It comes again in these cases:
     - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
@@ -129,9 +126,9 @@ def process(message, verbose):
 def finish():
     """Saves what process() did. Called before offsets are stored, even if there is nothing to save.
 
-    With the buffer that is set up in the last lines of this file, print() only collects text; this writes it out. To
-    write to a database in batches, do it in the same way: let process() append to a list, write the list here, and then
-    clear it. That may take eight seconds, which is the limit at the end.
+    print() only collects text in a buffer; this writes it out. To write to a database in batches, let process() append
+    to a list; here, write the list and then clear it. Keep it so small that it is written within eight seconds, since
+    that is the limit at the end. If this raises an exception, the program ends, but tries it once more before.
     """
     sys.stdout.flush()
 
@@ -156,25 +153,22 @@ class Progress:
 
     def store(self):
         """Saves events, and then stores their offsets. The other way round, a crash in between would lose events."""
-        processed = self.unstored
-        # Forget them before finish(). If that fails, the program ends, and close() calls store() once more, through
-        # on_revoke(). If they were still here, it would store the offsets of events that are not saved.
-        self.unstored = {}
         finish()
-        for message in processed.values():
+        for message in self.unstored.values():
             with contextlib.suppress(KafkaException):  # The partition may not be ours any more.
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
+        self.unstored = {}
         self.store_at = time.monotonic() + 1
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        # We may have others: with cooperative rebalances (partition.assignment.strategy) these are only the new ones.
+        # With cooperative rebalances (partition.assignment.strategy) partitions has only what is added.
         have = {*partitions, *consumer.assignment()}
         names = ", ".join(str(each.partition) for each in sorted(have))
         tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance is about to take partitions away; or close() is, also after an exception. A commit follows."""
+        """A rebalance or close() is about to take partitions away. A commit follows, so this is the time to store."""
         self.store()
 
     def on_lost(self, consumer, partitions):
@@ -295,15 +289,23 @@ def tell(line):
 
 
 class Output(io.FileIO):
-    """A file that ends the program when nothing can be written to it."""
+    """A file that ends the program when something can't be written to it. From then on it takes nothing."""
+
+    problem = None
 
     def write(self, data):
         try:
-            return super().write(data)
+            if self.problem is None:
+                return super().write(data)
         except OSError as error:
-            # Python tries to write the rest at its end.
-            atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), self.fileno())
-            sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
+            self.problem = error.strerror
+            atexit.register(self.discard)
+        sys.exit(f"kafka_consumer.py: can't write to standard output: {self.problem}")
+
+    def discard(self):
+        """At the very end Python tries to write the rest."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        self.problem = None
 
 
 @contextlib.contextmanager

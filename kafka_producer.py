@@ -37,8 +37,8 @@ SETTINGS = {
     # How a key becomes a partition: by the same hash as in Java programs. Without a key it is a random one.
     "partitioner": "murmur2_random",
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
-# At most this many events wait in memory for their confirmation; then produce() has to wait. If the program is killed,
-# they may be lost.
+# At most this many events wait in memory for their confirmation; then main() makes no more until reports arrive. If the
+# program is killed, they may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
@@ -46,7 +46,8 @@ def main():
     args = parse_arguments()
     with refusals_told():  # If a setting or the log file is refused, that ends the program.
         run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
-        trouble = Trouble(run)  # The library calls it when a connection fails, or when it logs something.
+        trouble = Trouble(run)  # Tells what goes wrong.
+        # The library calls trouble.on_error() when a connection fails, and trouble.log() for what it logs.
         hooks = {"error_cb": trouble.on_error, "logger": trouble}
         # args.settings: those of --config and --bootstrap-servers.
         producer = Producer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
@@ -78,11 +79,12 @@ def main():
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
-    except KafkaException as error:  # The library refuses the event, or can't go on after an error, a fatal one.
+    except KafkaException as error:
+        # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
         # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until there
-        # is a delivery report for each. producer.flush() does the same, but not after a fatal error (see there).
+        # is a delivery report for each. Many programs call producer.flush(), which ends too early at a fatal error.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -92,8 +94,9 @@ def main():
 def registration(fake):
     """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
 
-    If there are no more, return None. By default ten are sent, one a second; with --count 0 --interval 0 all that there
-    are, at once. Don't wait for data in here, since meanwhile no reports are passed on.
+    If there are no more, return None. To send a file, write rows = csv.DictReader(open("users.csv")) above, and here
+    return next(rows, None). By default ten are sent, one a second; with --count 0 --interval 0 all of them, at once.
+    Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -127,7 +130,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # Not confirmed. It can be in the topic all the same, so whoever sends it anew may store it twice.
+            # Not confirmed, but perhaps in the topic. To call produce() again could store it twice: idempotence is only
+            # about what the library itself sends again.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -279,7 +283,7 @@ def stop_on_signals(run):
 def wait_for_reports(producer, run, topic):
     """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
 
-    producer.flush() raises an exception if there is an error after which the library can't go on, and a report is lost.
+    At a fatal error producer.flush() raises an exception, and a report is lost.
     """
     silent_until = time.monotonic() + 3
     while True:
