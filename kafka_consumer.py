@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import io
 import logging
-import math
 import os
 import re
 import signal
@@ -25,7 +24,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A consumer group is one or more consumers that share the partitions of a topic: each partition belongs to one of them,
 # so each event goes to one of them. Other groups do the same on their own, so every group gets all events.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
-# A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it.
+# A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it, for a
+# week after the last consumer of the group has left.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
 SETTINGS = {
@@ -36,15 +36,17 @@ SETTINGS = {
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
-# 2. Process: we print it.
-# 3. Store: we tell the library that it is done. In its memory it notes 7, the offset to go on at.
-# 4. Commit: the library sends the 7 to Kafka. It does so every five seconds, before a rebalance takes the partition
-#    away, and at the end.
-# If the program is killed before the commit, event 6 comes again: better twice than never.
+# 2. Process: process() handles it. Here it prints it, which only puts it into a buffer.
+# 3. Save: save() writes the buffer out. From now on the event can't be lost any more.
+# 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
+# 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and at
+#    the end.
+# If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
+# many events at once: when no event is waiting, or once a second.
 # --config can't change these two settings; --from-offset switches the commits off.
 FIXED = {
-    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed while
-    # we process the event, it is lost for us. So we store the offset ourselves, after processing.
+    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed before
+    # the event is saved, it is lost. So we store the offset ourselves, when that is done.
     "enable.auto.offset.store": False,
     "enable.auto.commit": True,
 }
@@ -55,13 +57,13 @@ def main():
     trouble = Trouble()  # Tells what goes wrong with connections, commits and settings.
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     with refusals_told():  # If a setting is refused, that ends the program.
-        # args.settings: those of --config and of other options.
+        # Each dict overrides those before it. args.settings: those of --config and of other options.
         consumer = Consumer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
-    progress = Progress(consumer)  # Stores offsets.
-    end = End(args.exit)  # Knows when to stop.
+    progress = Progress(consumer)  # Saves and stores.
+    end = End(consumer, args.exit)  # Comes with Ctrl-C, or with --exit when all is read.
     printed = 0
     try:
         if args.from_offset is None:
@@ -76,21 +78,24 @@ def main():
             # Reads all partitions, from offsets that we choose, and leaves the group alone: nothing is committed.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
-        while printed < args.max_messages and not end.has_come(consumer):
+        while printed < args.max_messages and not end.has_come:
             message = next_message(consumer, progress)  # Calls consumer.poll().
             if message is None:  # No event for half a second.
+                end.look()
                 continue
-            if message.error():  # A problem; with --exit also the end of a partition.
+            if message.error():  # Not an event but a problem; with --exit also the end of a partition.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
                 continue
             process(message, args.verbose)
-            progress.add(message)  # Its offset is stored when no event is waiting, or once a second.
+            progress.add(message)
             printed += 1
-        progress.store()  # For the last events.
-        tell(f"Printed {printed} events. Closing.")
     finally:
         with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
-            consumer.close()  # Calls on_revoke(), commits what is stored, and leaves the group.
+            try:
+                progress.save_and_store()  # The last events, also after an exception.
+                tell(f"Printed {printed} events. Closing.")
+            finally:
+                consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -98,7 +103,7 @@ def next_message(consumer, progress):
     """Returns the next Message, or None if there is none for half a second."""
     message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
     if message is None:
-        progress.store()  # Too slow to be done for each event; but now there is time.
+        progress.save_and_store()
         message = consumer.poll(0.5)  # This waits.
     return message
 
@@ -109,10 +114,10 @@ def process(message, verbose):
     message.value() is bytes, or None; json.loads(message.value()), with import json, gives the dict that was sent.
 
     Each event is processed at least once. It comes again in these cases:
-    - This raises an exception. The program ends, and the next run begins with the same event; so catch what a single
-      bad event can cause.
-    - The program is killed, the power fails, or what was processed can't be saved (see finish()). The next run begins
-      at the committed offset.
+    - This raises an exception. The program ends, and the next run begins with the same event. So catch what a bad event
+      can cause, or no run gets past it.
+    - save() raises an exception, the program is killed, or the power fails. The next run begins at the committed
+      offset.
     - This takes more than five minutes (max.poll.interval.ms), or the library can't reach Kafka for 45 seconds
       (session.timeout.ms). Another consumer of the group then gets our partitions, and begins at the committed offset.
     """
@@ -123,18 +128,20 @@ def process(message, verbose):
     print(line)
 
 
-def finish():
-    """Saves what process() did. Called before offsets are stored, even if there is nothing to save.
+def save():
+    """Makes sure that what process() did can't be lost any more. Called also if there is nothing to save.
 
-    print() only collects text in a buffer; this writes it out. To write to a database in batches, let process() append
-    to a list; here, write the list and then clear it. Keep it so small that it is written within eight seconds, since
-    that is the limit at the end. If this raises an exception, the program ends, but tries it once more before.
+    To write to a database in batches, for example, let process() append to a list, and do here
+        database.write(batch)
+        batch.clear()
+    within eight seconds, since that is the limit at the end. If this raises an exception, the program ends; before that
+    it calls this once more.
     """
     sys.stdout.flush()
 
 
 class Progress:
-    """Remembers which events are processed, and stores their offsets.
+    """Remembers which events are processed, saves them, and stores their offsets.
 
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
@@ -149,30 +156,31 @@ class Progress:
         """Notes that an event is processed."""
         self.unstored[message.topic(), message.partition()] = message
         if time.monotonic() > self.store_at:
-            self.store()
+            self.save_and_store()
 
-    def store(self):
-        """Saves events, and then stores their offsets. The other way round, a crash in between would lose events."""
-        finish()
+    def save_and_store(self):
+        """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
+        save()
         for message in self.unstored.values():
-            with contextlib.suppress(KafkaException):  # The partition may not be ours any more.
+            # If we have lost the partition, but on_lost() is not called before the next poll(), this is refused.
+            with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}
         self.store_at = time.monotonic() + 1
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        # With cooperative rebalances (partition.assignment.strategy) partitions has only what is added.
+        # Usually partitions is all that we have now. With a setting for cooperative rebalances it is what is added.
         have = {*partitions, *consumer.assignment()}
         names = ", ".join(str(each.partition) for each in sorted(have))
-        tell(f"Got partitions: {names or 'none; other members of the group have the rest'}")
+        tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance or close() is about to take partitions away. A commit follows, so this is the time to store."""
-        self.store()
+        """A rebalance is about to take partitions away. Save and store now, since a commit follows."""
+        self.save_and_store()
 
     def on_lost(self, consumer, partitions):
-        """We were silent for too long (see process()), and others have our partitions: too late to store or commit."""
+        """We were silent for too long (see process()), and others have our partitions: too late for a commit."""
         self.unstored = {}
         tell("Lost the partitions. Events since the last commit come again.")
 
@@ -193,6 +201,8 @@ HINT = (
 LASTING_ERRORS = {
     KafkaError._FATAL,
     KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
+    KafkaError._BAD_COMPRESSION,
+    KafkaError._BAD_MSG,  # With check.crcs=true: events are damaged. The library would go on behind them.
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 }
@@ -202,39 +212,42 @@ class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: a set of TopicPartitions, those that are read to the end.
-    look_at: when to see again whether these are all; give_up_at: how long to wait for partitions while we have none.
-    Both are in the time of time.monotonic().
+    idle_since: since when we have no partitions, in the time of time.monotonic().
     """
 
-    def __init__(self, exit_when_all_is_read):
-        self.signalled = False
+    def __init__(self, consumer, exit_when_all_is_read):
+        self.consumer = consumer
+        self.exit_when_all_is_read = exit_when_all_is_read
+        self.has_come = False
         self.reached = set()
-        self.look_at = 0 if exit_when_all_is_read else math.inf
-        self.give_up_at = time.monotonic() + 60
+        self.idle_since = time.monotonic()
+        self.is_told = False
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
-        self.signalled = True
-
-    def has_come(self, consumer):
-        """Returns whether to stop. Ends the program if we have had no partitions for a minute."""
-        if self.signalled or time.monotonic() < self.look_at:
-            return self.signalled
-        self.look_at = time.monotonic() + 0.5  # To ask for each event would be slow.
-        have = set(consumer.assignment())
-        if have:
-            self.give_up_at = time.monotonic() + 60
-            self.reached &= have
-            return self.reached == have
-        if time.monotonic() > self.give_up_at:
-            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
-        return False
+        self.has_come = True
 
     def partition_ends(self, message):
         """A partition is read to the end."""
         self.reached.add(TopicPartition(message.topic(), message.partition()))
-        self.look_at = 0
+        self.look()
+
+    def look(self):
+        """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
+        have = set(self.consumer.assignment())
+        if have:
+            self.idle_since = time.monotonic()
+            self.reached &= have
+            if self.exit_when_all_is_read and self.reached == have:
+                self.has_come = True
+            return
+        seconds = time.monotonic() - self.idle_since
+        if self.exit_when_all_is_read and seconds > 60:
+            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
+        if seconds > 10 and not self.is_told:
+            self.is_told = True
+            tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
 
 
 def handle_error(message, topic, end):
@@ -377,7 +390,8 @@ def time_limit(seconds):
             tell(error)
         elif error:
             traceback.print_exception(error)
-        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
+        what = "no answer from Kafka at the end, or nobody reads what is printed"
+        tell(f"kafka_consumer.py: {what}. Events since the last commit may come again.")
         os._exit(1)
 
     handle_signals(signal.SIG_DFL)

@@ -34,7 +34,7 @@ SETTINGS = {
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # How a key becomes a partition: by the same hash as in Java programs. Without a key it is a random one.
+    # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic.
     "partitioner": "murmur2_random",
 }  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
 # At most this many events wait in memory for their confirmation; then main() makes no more until reports arrive. If the
@@ -47,9 +47,10 @@ def main():
     with refusals_told():  # If a setting or the log file is refused, that ends the program.
         run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
         trouble = Trouble(run)  # Tells what goes wrong.
-        # The library calls trouble.on_error() when a connection fails, and trouble.log() for what it logs.
-        hooks = {"error_cb": trouble.on_error, "logger": trouble}
-        # args.settings: those of --config and --bootstrap-servers.
+        # The library calls trouble.on_error() when a connection fails, trouble.log() for what it logs, and
+        # trouble.on_statistics() every two seconds.
+        hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
+        # Each dict overrides those before it. args.settings: those of --config and --bootstrap-servers.
         producer = Producer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
     fake.seed_instance(args.seed)
@@ -59,7 +60,8 @@ def main():
 
     # 1. produce() puts an event into a queue.
     # 2. A thread of the library sends it.
-    # 3. The broker's answer becomes a delivery report, and so do two minutes without one.
+    # 3. When the broker answers, the library makes a delivery report. It says: stored, or failed. After two minutes
+    #    without an answer it says: failed.
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
@@ -92,11 +94,12 @@ def main():
 
 
 def registration(fake):
-    """Returns one event as a dict. To send data of your own, replace this function, and the key in main().
+    """Returns one event as a dict, or None if there are no more. For data of your own replace this, and key in main().
 
-    If there are no more, return None. To send a file, write rows = csv.DictReader(open("users.csv")) above, and here
-    return next(rows, None). By default ten are sent, one a second; with --count 0 --interval 0 all of them, at once.
-    Don't wait for data in here, since meanwhile no reports are passed on.
+    For example, to send a file that has a column user_id: import csv at the top, put
+        rows = csv.DictReader(open("users.csv", newline=""))
+    above this function, let it return next(rows, None), and start the program with --count 0 --interval 0. Don't wait
+    for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -130,8 +133,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # Not confirmed, but perhaps in the topic. To call produce() again could store it twice: idempotence is only
-            # about what the library itself sends again.
+            # The event was not confirmed, but the broker may have it all the same. To pass it to produce() again could
+            # store it twice, since that is a new event. Idempotence covers only what the library itself sends again.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -146,6 +149,7 @@ MORE_SETTINGS = {
     # but for a bug: an event can be stored twice when another broker takes over a partition (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "statistics.interval.ms": 2_000,  # How often Trouble.on_statistics() is called.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
     # minutes; the library can't count to more than 35.
@@ -168,13 +172,15 @@ class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
     exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
-    give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
+    give_up_at: when to wait no longer for delivery reports, and logged_at: when something was last written to the log
+    file. Both are in the time of time.monotonic().
     """
 
     def __init__(self, log_file):
         self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
         self.give_up_at = math.inf
+        self.logged_at = 0
 
     @property
     def stopped(self):
@@ -193,6 +199,7 @@ class Run:
 
     def log(self, line):
         """Writes a line with date and time to the log file."""
+        self.logged_at = time.monotonic()
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
 
     def write(self, line, file):
@@ -213,6 +220,7 @@ class Trouble:
     def __init__(self, run):
         self.run = run
         self.silent_until = 0
+        self.tell_waiting_at = time.monotonic() + 3
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
@@ -220,6 +228,17 @@ class Trouble:
             self.silent_until = time.monotonic() + 10
             hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
+
+    def on_statistics(self, text):
+        """Tells if events wait, but no delivery report has come for three seconds; then every ten seconds."""
+        unconfirmed = json.loads(text)["msg_cnt"]
+        now = time.monotonic()
+        if unconfirmed == 0:
+            self.tell_waiting_at = now + 3
+        self.tell_waiting_at = max(self.tell_waiting_at, self.run.logged_at + 3)
+        if now > self.tell_waiting_at:
+            self.tell_waiting_at = now + 10
+            self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
@@ -285,11 +304,7 @@ def wait_for_reports(producer, run, topic):
 
     At a fatal error producer.flush() raises an exception, and a report is lost.
     """
-    silent_until = time.monotonic() + 3
     while True:
-        if time.monotonic() > silent_until:
-            silent_until = math.inf
-            run.write(f"Waiting for the delivery reports of {len(producer)} events.", sys.stderr)
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.
         try:
@@ -326,7 +341,7 @@ def parse_arguments():
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
-    add("-c", "--count", type=int, default=10, help="how many events; 0: until Ctrl-C (default: %(default)s)")
+    add("-c", "--count", type=int, default=10, help="how many events; 0: without end (default: %(default)s)")
     add("-i", "--interval", type=float, default=1, help="seconds from one event to the next (default: %(default)s)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")

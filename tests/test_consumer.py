@@ -35,7 +35,7 @@ def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled,
 
 @pytest.mark.parametrize(("failures", "offset"), [(0, 10), (1, 10), (9, None)])
 def test_offsets_are_stored_when_a_batch_is_saved(scripts, cluster, filled, group, failures, offset):
-    """Our own finish() may fail, and is given one more chance at the end."""
+    """Our own save() may fail, and is given one more chance at the end."""
     mine = consumer_with(scripts.folder, "    batch.append(message.value())\n")
     lines = [
         "    if batch and len(tries) < FAILURES:",
@@ -247,7 +247,7 @@ def test_exit_when_others_of_the_group_have_all_partitions(scripts, filled, grou
     first.wait_for_lines(10)
     second = scripts.consumer("-t", filled, "-G", group, "-F", "second", "--exit")
     assert second.wait(75) == 1
-    assert "Got partitions: none; other members of the group have the rest" in second.stderr
+    assert "Got partitions: none; other members of the group have them" in second.stderr
     assert second.stderr.splitlines()[-1].startswith("kafka_consumer.py: no partitions for 60 seconds")
     assert second.lines == []
     assert first.end() == 0

@@ -87,6 +87,23 @@ def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     assert all(line.startswith(usual) for line in consumer.stderr.splitlines()), consumer.stderr
 
 
+def test_damaged_events(scripts, cluster, topic, group):
+    """The library would tell, and go on behind them."""
+    create_topic(cluster, topic)
+    for number in range(3):
+        produce(cluster, topic, [f"event {number}".encode()])
+    (segment,) = (cluster.brokers[0].data / f"{topic}-0").glob("*.log")
+    segment.write_bytes(segment.read_bytes().replace(b"event 1", b"EVENT 1"))
+    scripts.folder.joinpath("check").write_text("check.crcs=true\n")
+    for _ in range(2):
+        consumer = scripts.consumer("-t", topic, "-G", group, "-F", "check", "--exit")
+        assert consumer.wait() == 1
+        *_, last = consumer.stderr.splitlines()
+        assert last.startswith(f"kafka_consumer.py: can't read topic {topic}: MessageSet at offset 1 ")
+        assert committed(cluster, topic, group) == 1
+    assert consumer.lines == []
+
+
 @pytest.mark.parametrize("strategy", ["cooperative-sticky", "range"])
 def test_another_consumer_joins_in_mid_run(scripts, cluster, topic, group, strategy):
     """All events are printed, by one or the other."""
