@@ -37,7 +37,7 @@ SETTINGS = {
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
 # 2. Process: process() handles it. Here it prints it, which only puts it into a buffer.
-# 3. Save: save() writes the buffer out. From now on the event can't be lost any more.
+# 3. Save: save() writes the buffer out. From now on the event is not lost if the program is killed.
 # 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and at
 #    the end.
@@ -101,24 +101,24 @@ def main():
 
 def next_message(consumer, progress):
     """Returns the next Message, or None if there is none for half a second."""
-    message = consumer.poll(0)  # A thread of the library reads ahead: this takes what has come, and does not wait.
+    message = consumer.poll(0)  # A thread of the library reads ahead. Is an event here already?
     if message is None:
-        progress.save_and_store()
-        message = consumer.poll(0.5)  # This waits.
+        progress.save_and_store()  # If not, there is time for this.
+        message = consumer.poll(0.5)  # Now wait for one.
     return message
 
 
 def process(message, verbose):
     """Handles one event: prints it. To do something else with events, replace this function.
 
-    message.value() is bytes, or None; json.loads(message.value()), with import json, gives the dict that was sent.
+    message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
+    the dict that was sent.
 
     Each event is processed at least once. It comes again in these cases:
     - This raises an exception. The program ends, and the next run begins with the same event. So catch what a bad event
       can cause, or no run gets past it.
-    - save() raises an exception, the program is killed, or the power fails. The next run begins at the committed
-      offset.
-    - This takes more than five minutes (max.poll.interval.ms), or the library can't reach Kafka for 45 seconds
+    - save() raises an exception, or the program is killed. The next run begins at the committed offset.
+    - This and save() take more than five minutes (max.poll.interval.ms), or we can't reach Kafka for 45 seconds
       (session.timeout.ms). Another consumer of the group then gets our partitions, and begins at the committed offset.
     """
     line = printable(message.value())
@@ -129,13 +129,11 @@ def process(message, verbose):
 
 
 def save():
-    """Makes sure that what process() did can't be lost any more. Called also if there is nothing to save.
+    """Makes sure that what process() did is not lost if the program is killed. Called also if there is nothing to save.
 
     To write to a database in batches, for example, let process() append to a list, and do here
-        database.write(batch)
-        batch.clear()
-    within eight seconds, since that is the limit at the end. If this raises an exception, the program ends; before that
-    it calls this once more.
+        database.write(batch)  # In a few seconds: at the end there are eight for all.
+        batch.clear()  # Only now: if write() raises an exception, the program ends, but calls this again before.
     """
     sys.stdout.flush()
 
@@ -145,12 +143,14 @@ class Progress:
 
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
+    ours: the partitions that we have, a set of TopicPartitions.
     """
 
     def __init__(self, consumer):
         self.consumer = consumer
         self.unstored = {}
         self.store_at = time.monotonic() + 1
+        self.ours = set()
 
     def add(self, message):
         """Notes that an event is processed."""
@@ -162,7 +162,7 @@ class Progress:
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         save()
         for message in self.unstored.values():
-            # If we have lost the partition, but on_lost() is not called before the next poll(), this is refused.
+            # If another consumer has the partition by now, which we hear only in the next poll(), this is refused.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}
@@ -170,18 +170,19 @@ class Progress:
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        # Usually partitions is all that we have now. With a setting for cooperative rebalances it is what is added.
-        have = {*partitions, *consumer.assignment()}
-        names = ", ".join(str(each.partition) for each in sorted(have))
+        self.ours.update(partitions)
+        names = ", ".join(str(each.partition) for each in sorted(self.ours))
         tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
     def on_revoke(self, consumer, partitions):
         """A rebalance is about to take partitions away. Save and store now, since a commit follows."""
         self.save_and_store()
+        self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """We were silent for too long (see process()), and others have our partitions: too late for a commit."""
+        """The group has not heard from us for too long (see process()), and others have our partitions: no commit."""
         self.unstored = {}
+        self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit come again.")
 
 
@@ -212,7 +213,7 @@ class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: a set of TopicPartitions, those that are read to the end.
-    idle_since: since when we have no partitions, in the time of time.monotonic().
+    idle: how often in a row look() was called while we had no partitions; next_message() takes half a second each time.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):
@@ -220,8 +221,7 @@ class End:
         self.exit_when_all_is_read = exit_when_all_is_read
         self.has_come = False
         self.reached = set()
-        self.idle_since = time.monotonic()
-        self.is_told = False
+        self.idle = 0
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
@@ -237,17 +237,16 @@ class End:
         """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
         have = set(self.consumer.assignment())
         if have:
-            self.idle_since = time.monotonic()
+            self.idle = 0
             self.reached &= have
             if self.exit_when_all_is_read and self.reached == have:
                 self.has_come = True
             return
-        seconds = time.monotonic() - self.idle_since
-        if self.exit_when_all_is_read and seconds > 60:
-            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
-        if seconds > 10 and not self.is_told:
-            self.is_told = True
+        self.idle += 1
+        if self.idle == 20:
             tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
+        if self.exit_when_all_is_read and self.idle == 120:
+            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
 
 
 def handle_error(message, topic, end):
@@ -292,7 +291,7 @@ class Trouble:
         if level == logging.DEBUG:
             tell(template % (facility, client, text))
         elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in text):
-            tell(text.partition("]: ")[2])  # Without the name of the thread.
+            tell(text.split("]: ", 1)[-1])  # Without the name of the thread.
 
 
 def tell(line):

@@ -60,8 +60,8 @@ def main():
 
     # 1. produce() puts an event into a queue.
     # 2. A thread of the library sends it.
-    # 3. When the broker answers, the library makes a delivery report. It says: stored, or failed. After two minutes
-    #    without an answer it says: failed.
+    # 3. When the broker answers, or after two minutes without an answer, the library makes a delivery report: delivered
+    #    or failed. Failed means not confirmed; the event may be stored all the same.
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     report = Report(run, args.quiet)
     start = time.monotonic()
@@ -85,8 +85,8 @@ def main():
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Some events are still queued or unconfirmed, and to end now could lose them. So this calls poll() until there
-        # is a delivery report for each. Many programs call producer.flush(), which ends too early at a fatal error.
+        # Some events are still unconfirmed, and to end now could lose them. So this calls poll() until each has its
+        # delivery report; after Ctrl-C what has none in five seconds is given up. (It also says: why not flush()?)
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -121,7 +121,7 @@ class Report:
 
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
-        value = message.value().decode(errors="backslashreplace")
+        value = "null" if message.value() is None else message.value().decode(errors="backslashreplace")
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
@@ -133,8 +133,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # The event was not confirmed, but the broker may have it all the same. To pass it to produce() again could
-            # store it twice, since that is a new event. Idempotence covers only what the library itself sends again.
+            # To pass the event to produce() again could store it twice. Idempotence does not help, since it covers only
+            # what the library itself sends again.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -245,7 +245,7 @@ class Trouble:
         if level == logging.DEBUG:
             self.run.write(template % (facility, client, text), sys.stderr)
         elif facility == "CONFWARN" and "will be ignored" not in text:
-            self.run.write(text.partition("]: ")[2], sys.stderr)  # Without the name of the thread.
+            self.run.write(text.split("]: ", 1)[-1], sys.stderr)  # Without the name of the thread.
 
 
 def reason(error):
@@ -302,7 +302,7 @@ def stop_on_signals(run):
 def wait_for_reports(producer, run, topic):
     """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
 
-    At a fatal error producer.flush() raises an exception, and a report is lost.
+    Why not producer.flush()? At a fatal error it raises an exception, and a report is lost.
     """
     while True:
         if time.monotonic() > run.give_up_at:
