@@ -152,7 +152,7 @@ def test_ctrl_c_while_the_broker_is_away(scripts, cluster, topic, group):
             script.wait_for_stderr("Can't connect")
             script.process.send_signal(signal.SIGINT)
         assert press_again(consumer, signal.SIGINT) == -signal.SIGINT
-        assert producer.wait(7) == 130
+        assert producer.wait(10) == 130
         produced, failed = logged(scripts)
         assert produced
         assert failed
