@@ -21,17 +21,21 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A broker is a Kafka server. It keeps events in topics: logs to which events are appended. Reading removes nothing;
 # Kafka deletes events when they are older than a set time. The library calls an event a message.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
-# A consumer group is one or more consumers that share the partitions of a topic: each partition belongs to one of them,
-# so each event goes to one of them. Other groups do the same on their own, so every group gets all events.
+# A consumer is a program that reads events, such as this one. A consumer group is one or more of them that share the
+# partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Other groups do the
+# same on their own, so every group gets all events.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it, for a
 # week after the last consumer of the group has left.
 
-# Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
+# Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
+    # By default the library stores the offset (see below) when it hands us the event. If a commit follows, and we are
+    # killed before the event is saved, it is lost. So we store the offset ourselves, when that is done.
+    "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
 # What happens to an event, for example the one at offset 6:
@@ -43,13 +47,6 @@ SETTINGS = {
 #    the end.
 # If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
 # many events at once: when no event is waiting, or once a second.
-# --config can't change these two settings; --from-offset switches the commits off.
-FIXED = {
-    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed before
-    # the event is saved, it is lost. So we store the offset ourselves, when that is done.
-    "enable.auto.offset.store": False,
-    "enable.auto.commit": True,
-}
 
 
 def main():
@@ -58,12 +55,12 @@ def main():
     hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     with refusals_told():  # If a setting is refused, that ends the program.
         # Each dict overrides those before it. args.settings: those of --config and of other options.
-        consumer = Consumer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
+        consumer = Consumer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
     progress = Progress(consumer)  # Saves and stores.
-    end = End(consumer, args.exit)  # Comes with Ctrl-C, or with --exit when all is read.
+    end = End(consumer, args.exit)  # end.has_come is true after Ctrl-C, or with --exit when all is read.
     printed = 0
     try:
         if args.from_offset is None:
@@ -81,7 +78,7 @@ def main():
         while printed < args.max_messages and not end.has_come:
             message = next_message(consumer, progress)  # Calls consumer.poll().
             if message is None:  # No event for half a second.
-                end.look()
+                end.look()  # Is all read?
                 continue
             if message.error():  # Not an event but a problem; with --exit also the end of a partition.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
@@ -90,7 +87,8 @@ def main():
             progress.add(message)
             printed += 1
     finally:
-        with time_limit(8):  # Otherwise close() would wait 45 seconds or more for a broker that is away.
+        # Ends the program after eight seconds. Otherwise close() would wait for 45 or more if the broker is away.
+        with time_limit(8):
             try:
                 progress.save_and_store()  # The last events, also after an exception.
                 tell(f"Printed {printed} events. Closing.")
@@ -132,8 +130,8 @@ def save():
     """Makes sure that what process() did is not lost if the program is killed. Called also if there is nothing to save.
 
     To write to a database in batches, for example, let process() append to a list, and do here
-        database.write(batch)  # In a few seconds: at the end there are eight for all.
-        batch.clear()  # Only now: if write() raises an exception, the program ends, but calls this again before.
+        database.write(batch)  # In a few seconds, since main() allows eight for saving and closing.
+        batch.clear()  # Only now. If write() raises an exception, save() is called once more before the program ends.
     """
     sys.stdout.flush()
 
@@ -143,7 +141,7 @@ class Progress:
 
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
-    ours: the partitions that we have, a set of TopicPartitions.
+    ours: the partitions that we have, a set of TopicPartitions; only for the message about them.
     """
 
     def __init__(self, consumer):
@@ -162,7 +160,7 @@ class Progress:
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         save()
         for message in self.unstored.values():
-            # If another consumer has the partition by now, which we hear only in the next poll(), this is refused.
+            # Refused if the partition is gone (a fatal error; or save() failed in on_revoke()): its events come again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}
@@ -180,10 +178,10 @@ class Progress:
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """The group has not heard from us for too long (see process()), and others have our partitions: no commit."""
+        """Others have our partitions, since the group has not heard from us for too long: too late for a commit."""
         self.unstored = {}
         self.ours.difference_update(partitions)
-        tell("Lost the partitions. Events since the last commit come again.")
+        tell("Lost the partitions. Events since the last commit may come again.")
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -192,6 +190,8 @@ MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
+# What --config can't change.
+FIXED = {"enable.auto.offset.store", "enable.auto.commit"}
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -202,8 +202,13 @@ HINT = (
 LASTING_ERRORS = {
     KafkaError._FATAL,
     KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
+    # Events that are damaged (found with check.crcs=true) or in an unknown format. The library would go on behind them.
+    KafkaError._BAD_MSG,
     KafkaError._BAD_COMPRESSION,
-    KafkaError._BAD_MSG,  # With check.crcs=true: events are damaged. The library would go on behind them.
+    KafkaError._NOT_IMPLEMENTED,
+    # The committed offsets could not be fetched. The library would never begin to read (librdkafka issue 5586).
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.TOPIC_EXCEPTION,  # No topic can have this name.
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 }
@@ -461,7 +466,7 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     if args.max_messages < 0:
         parser.error(f"--max-messages {args.max_messages} is negative")
-    for key in FIXED.keys() & args.config.keys():
+    for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
     args.settings = args.config.copy()
     if args.bootstrap_servers:

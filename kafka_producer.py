@@ -26,7 +26,7 @@ from faker import Factory
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
 
-# Properties of librdkafka, the library inside confluent-kafka. A --config file can change them and add others.
+# Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
@@ -34,11 +34,12 @@ SETTINGS = {
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic.
+    # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic. An event
+    # without a key goes to a random one.
     "partitioner": "murmur2_random",
-}  # Below the lesson: MORE_SETTINGS, for networks and for brokers that fail, and FIXED, for the queue.
-# At most this many events wait in memory for their confirmation; then main() makes no more until reports arrive. If the
-# program is killed, they may be lost.
+}  # Below the lesson: MORE_SETTINGS, for networks, for brokers that fail, and for the memory.
+# At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
+# program is killed, these events may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
@@ -51,7 +52,7 @@ def main():
         # trouble.on_statistics() every two seconds.
         hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
         # Each dict overrides those before it. args.settings: those of --config and --bootstrap-servers.
-        producer = Producer(SETTINGS | MORE_SETTINGS | FIXED | args.settings | hooks)
+        producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
@@ -86,7 +87,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still unconfirmed, and to end now could lose them. So this calls poll() until each has its
-        # delivery report; after Ctrl-C what has none in five seconds is given up. (It also says: why not flush()?)
+        # delivery report; after Ctrl-C it gives up in five seconds. producer.flush() would be shorter, but it raises an
+        # exception at a fatal error, and then a report is lost.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -98,8 +100,8 @@ def registration(fake):
 
     For example, to send a file that has a column user_id: import csv at the top, put
         rows = csv.DictReader(open("users.csv", newline=""))
-    above this function, let it return next(rows, None), and start the program with --count 0 --interval 0. Don't wait
-    for data in here, since meanwhile no reports are passed on.
+    above this function, let it return next(rows, None), and start the program with --count 0 --interval 0. Without a
+    key, leave out key= in main(). Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -125,7 +127,7 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            # The offset is None if the event was sent again: the broker then only says that it has it already.
+            # The offset can be None if the event was sent again: the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {event}, {place}"
             self.run.log(line)
@@ -133,8 +135,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # To pass the event to produce() again could store it twice. Idempotence does not help, since it covers only
-            # what the library itself sends again.
+            # Look into the topic before you pass the event to produce() again, since that could store it twice:
+            # idempotence covers only what the library itself sends again.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -145,23 +147,21 @@ class Report:
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
 MORE_SETTINGS = {
-    # Sends the next request to a broker when the last one is answered. The default of five is safe with idempotence,
-    # but for a bug: an event can be stored twice when another broker takes over a partition (librdkafka issue 4953).
+    # Sends the next request to a broker when the last one is answered. With the default of five, an event was stored
+    # twice now and then when another broker took over a partition (librdkafka issue 4953); with one never.
     "max.in.flight.requests.per.connection": 1,
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "statistics.interval.ms": 2_000,  # How often Trouble.on_statistics() is called.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
-    # minutes; the library can't count to more than 35.
+    # minutes; the library can't count to more than 35. Later it makes events fail.
     "topic.metadata.propagation.max.ms": 2_000_000,
-}
-# --config can't change these settings.
-FIXED = {
-    "delivery.report.only.error": False,  # Otherwise on_delivery() would not hear of what is delivered.
     # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
     "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.
 }
+# What --config can't change. With the last one on_delivery() would not hear of what is delivered.
+FIXED = {"queue.buffering.max.messages", "queue.buffering.max.kbytes", "delivery.report.only.error"}
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -300,10 +300,7 @@ def stop_on_signals(run):
 
 
 def wait_for_reports(producer, run, topic):
-    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
-
-    Why not producer.flush()? At a fatal error it raises an exception, and a report is lost.
-    """
+    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
     while True:
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.
@@ -353,7 +350,7 @@ def parse_arguments():
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
     args.count = args.count or math.inf
-    for key in FIXED.keys() & args.config.keys():
+    for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
     args.settings = args.config.copy()
     if args.bootstrap_servers:
