@@ -28,16 +28,6 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it, for a
 # week after the last consumer of the group has left.
 
-# Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
-SETTINGS = {
-    "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
-    "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library stores the offset (see below) when it hands us the event. If a commit follows, and we are
-    # killed before the event is saved, it is lost. So we store the offset ourselves, when that is done.
-    "enable.auto.offset.store": False,
-}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
 # 2. Process: process() handles it. Here it prints it, which only puts it into a buffer.
@@ -47,6 +37,16 @@ SETTINGS = {
 #    the end.
 # If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
 # many events at once: when no event is waiting, or once a second.
+
+# Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
+SETTINGS = {
+    "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
+    "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
+    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed before
+    # the event is saved, it is lost. So we store the offset ourselves, when that is done.
+    "enable.auto.offset.store": False,
+}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
 
 def main():
