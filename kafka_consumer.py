@@ -43,8 +43,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library stores the offset when it hands us the event. If a commit follows, and we are killed before
-    # the event is saved, it is lost. So we store the offset ourselves, when that is done.
+    # By default the library stores the offset as soon as it hands us the event. If a commit follows, and we are killed
+    # before the event is saved, no run sees it again. So we store the offset ourselves, after saving.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -72,7 +72,7 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            # Reads all partitions, from offsets that we choose, and leaves the group alone: nothing is committed.
+            # Reads all partitions, from offsets that we choose, and leaves the group alone: enable.auto.commit is off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -87,12 +87,11 @@ def main():
             progress.add(message)
             printed += 1
     finally:
-        # Ends the program after eight seconds. Otherwise close() would wait for 45 or more if the broker is away.
-        with time_limit(8):
+        with time_limit(8):  # Then the program ends. With the broker away, close() would take 45 seconds or more.
             try:
                 progress.save_and_store()  # The last events, also after an exception.
                 tell(f"Printed {printed} events. Closing.")
-            finally:
+            finally:  # Even if they can't be saved.
                 consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
@@ -116,8 +115,8 @@ def process(message, verbose):
     - This raises an exception. The program ends, and the next run begins with the same event. So catch what a bad event
       can cause, or no run gets past it.
     - save() raises an exception, or the program is killed. The next run begins at the committed offset.
-    - This and save() take more than five minutes (max.poll.interval.ms), or we can't reach Kafka for 45 seconds
-      (session.timeout.ms). Another consumer of the group then gets our partitions, and begins at the committed offset.
+    - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or we can't reach Kafka for 45
+      seconds (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
     """
     line = printable(message.value())
     if verbose:
@@ -129,9 +128,10 @@ def process(message, verbose):
 def save():
     """Makes sure that what process() did is not lost if the program is killed. Called also if there is nothing to save.
 
-    To write to a database in batches, for example, let process() append to a list, and do here
-        database.write(batch)  # In a few seconds, since main() allows eight for saving and closing.
-        batch.clear()  # Only now. If write() raises an exception, save() is called once more before the program ends.
+    For example, to write to a database in batches, put batch = [] above, do batch.append(...) in process(), and here
+        if batch:
+            database.write(batch)  # In a few seconds, since main() allows eight for saving and closing.
+            batch.clear()  # Only now. If write() has failed, save() is called once more before the program ends.
     """
     sys.stdout.flush()
 
@@ -160,7 +160,7 @@ class Progress:
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         save()
         for message in self.unstored.values():
-            # Refused if the partition is gone (a fatal error; or save() failed in on_revoke()): its events come again.
+            # Refused if the partition is no longer ours. Then whoever reads it next gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}

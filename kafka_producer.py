@@ -48,8 +48,7 @@ def main():
     with refusals_told():  # If a setting or the log file is refused, that ends the program.
         run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
         trouble = Trouble(run)  # Tells what goes wrong.
-        # The library calls trouble.on_error() when a connection fails, trouble.log() for what it logs, and
-        # trouble.on_statistics() every two seconds.
+        # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds.
         hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
         # Each dict overrides those before it. args.settings: those of --config and --bootstrap-servers.
         producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
@@ -87,8 +86,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Some events are still unconfirmed, and to end now could lose them. So this calls poll() until each has its
-        # delivery report; after Ctrl-C it gives up in five seconds. producer.flush() would be shorter, but it raises an
-        # exception at a fatal error, and then a report is lost.
+        # delivery report: for two minutes at most, and after Ctrl-C for five seconds. Usually one writes
+        # producer.flush(), but at a fatal error it raises an exception, and a report is lost.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -98,10 +97,12 @@ def main():
 def registration(fake):
     """Returns one event as a dict, or None if there are no more. For data of your own replace this, and key in main().
 
-    For example, to send a file that has a column user_id: import csv at the top, put
-        rows = csv.DictReader(open("users.csv", newline=""))
-    above this function, let it return next(rows, None), and start the program with --count 0 --interval 0. Without a
-    key, leave out key= in main(). Don't wait for data in here, since meanwhile no reports are passed on.
+    For example, to send a file that has a column user_id:
+        rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
+        def registration(fake):
+            return next(rows, None)
+    Start it with --count 0 (no limit) and --interval 0 (no pause). For events without a key remove key in main(), in
+    both places. Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
