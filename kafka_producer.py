@@ -85,9 +85,9 @@ def main():
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Some events are still unconfirmed, and to end now could lose them. So this calls poll() until each has its
-        # delivery report: for two minutes at most, and after Ctrl-C for five seconds. Usually one writes
-        # producer.flush(), but at a fatal error it raises an exception, and a report is lost.
+        # To end now could lose events that are still unconfirmed. So this calls poll() until each has its delivery
+        # report: for two minutes at most, and after Ctrl-C for five seconds. Other programs call producer.flush(); but
+        # after a fatal error it raises an exception, and a report is lost.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -101,8 +101,8 @@ def registration(fake):
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
-    Start it with --count 0 (no limit) and --interval 0 (no pause). For events without a key remove key in main(), in
-    both places. Don't wait for data in here, since meanwhile no reports are passed on.
+    Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file. For events without a
+    key remove key in main(), in both places. Don't wait for data in here, since meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -136,8 +136,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # Look into the topic before you pass the event to produce() again, since that could store it twice:
-            # idempotence covers only what the library itself sends again.
+            # To pass the event to produce() again could store it twice, so look into the topic before you do that.
+            # Idempotence covers only what the library itself sends again.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
