@@ -198,7 +198,7 @@ HINT = (
 )
 
 
-# Errors that do not go away by themselves.
+# Errors after which waiting does not help.
 LASTING_ERRORS = {
     KafkaError._FATAL,
     KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
@@ -241,9 +241,9 @@ class End:
     def look(self):
         """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
         have = set(self.consumer.assignment())
+        self.reached &= have
         if have:
             self.idle = 0
-            self.reached &= have
             if self.exit_when_all_is_read and self.reached == have:
                 self.has_come = True
             return

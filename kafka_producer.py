@@ -37,7 +37,7 @@ SETTINGS = {
     # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic. An event
     # without a key goes to a random one.
     "partitioner": "murmur2_random",
-}  # Below the lesson: MORE_SETTINGS, for networks, for brokers that fail, and for the memory.
+}  # Below the lesson: MORE_SETTINGS, for networks, against a bug that doubles events, and for the memory.
 # At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
 # program is killed, these events may be lost.
 MAX_UNCONFIRMED = 10_000
@@ -76,9 +76,9 @@ def main():
                 event = registration(fake)
                 if event is None:  # There are no more.
                     break
-                made += 1
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
+                made += 1
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
     except KafkaException as error:
@@ -128,6 +128,7 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
+            self.run.delivered_at = time.monotonic()
             # The offset can be None if the event was sent again: the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {event}, {place}"
@@ -173,15 +174,15 @@ class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
     exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
-    give_up_at: when to wait no longer for delivery reports, and logged_at: when something was last written to the log
-    file. Both are in the time of time.monotonic().
+    give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
+    delivered_at: when an event was last confirmed, in that time too.
     """
 
     def __init__(self, log_file):
         self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
         self.give_up_at = math.inf
-        self.logged_at = 0
+        self.delivered_at = 0
 
     @property
     def stopped(self):
@@ -200,7 +201,6 @@ class Run:
 
     def log(self, line):
         """Writes a line with date and time to the log file."""
-        self.logged_at = time.monotonic()
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
 
     def write(self, line, file):
@@ -231,12 +231,12 @@ class Trouble:
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
 
     def on_statistics(self, text):
-        """Tells if events wait, but no delivery report has come for three seconds; then every ten seconds."""
+        """Tells if events wait, but none was confirmed for three seconds; then every ten seconds."""
         unconfirmed = json.loads(text)["msg_cnt"]
         now = time.monotonic()
         if unconfirmed == 0:
             self.tell_waiting_at = now + 3
-        self.tell_waiting_at = max(self.tell_waiting_at, self.run.logged_at + 3)
+        self.tell_waiting_at = max(self.tell_waiting_at, self.run.delivered_at + 3)
         if now > self.tell_waiting_at:
             self.tell_waiting_at = now + 10
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)

@@ -1,11 +1,13 @@
 """Both scripts without a broker: when it is not there yet, goes away, never comes, or is somewhere else."""
 
+import contextlib
 import re
 import signal
 import subprocess
 import sys
 
 import pytest
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from conftest import (
     LIMIT,
@@ -17,6 +19,7 @@ from conftest import (
     press_again,
     produce,
     read_topic,
+    wait_until,
 )
 from faults import logged
 from local_cluster import free_port
@@ -192,7 +195,14 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
     def advertise(listeners):
         entry = ConfigEntry("advertised.listeners", listeners, incremental_operation=AlterConfigOpType.SET)
         resource = ConfigResource(ResourceType.BROKER, broker.properties["broker.id"], incremental_configs=[entry])
-        admin.incremental_alter_configs([resource])[resource].result(20)
+
+        def is_changed():
+            # Refused while the broker, started again by the test before, and ZooKeeper find each other.
+            with contextlib.suppress(KafkaException):
+                admin.incremental_alter_configs([resource])[resource].result(20)
+                return True
+
+        wait_until(is_changed, f"{listeners} to be advertised")
 
     advertise(advertised.replace(f"localhost:{port}", wrong))
     try:
