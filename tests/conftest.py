@@ -79,18 +79,18 @@ def cluster_of_all_workers(config):
     class_path(first)
     with ThreadPoolExecutor() as executor:
         downloads = executor.map(class_path, others)
-        learn_classes(COMPOSE_FILE)
+        learn_classes()
     list(downloads)  # Raises what they raised.
     clusters = contextlib.ExitStack()
     config.add_cleanup(clusters.close)
     return clusters.enter_context(new_cluster())
 
 
-def learn_classes(compose_file):
+def learn_classes():
     """Starts and stops a cluster, unless that is done: its processes leave behind what makes later starts faster."""
     with tempfile.TemporaryDirectory(dir=DATA) as name:
         folder = Path(name)
-        cluster = Cluster(copy_with_free_ports(compose_file, folder), folder, learns=True)
+        cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, folder), folder, learns=True)
         if not all(service.cache.exists() for service in cluster.services):
             cluster.up()
             cluster.down()

@@ -116,33 +116,24 @@ def is_taken(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@contextlib.contextmanager
-def making(path):
-    """Gives a scratch folder in which to make what all clusters share, or None when `path` is there already.
-
-    It is moved to `path` when it is complete, so that an interrupted program leaves no half of it. One program at a
-    time: the others wait and find what the first one has made.
-    """
-    if path.exists():
-        yield None
-        return
-    DATA.mkdir(exist_ok=True)
-    with open(DATA / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=DATA) as scratch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield None if path.exists() else Path(scratch)
-
-
 def class_path(kafka_version):
-    """Returns the class path of "3.9.2", "FOLDER/*"; the first call in a checkout downloads Kafka and what it needs."""
+    """Returns the class path of "3.9.2", "FOLDER/*"; the first call in a checkout downloads Kafka and what it needs.
+
+    The jars are moved to their folder when all are there, so that an interrupted program leaves no half of them. One
+    program at a time: the others wait and find what the first one has downloaded.
+    """
     folder = DATA / f"kafka-{kafka_version}"
-    with making(folder) as scratch:
-        if scratch:
-            print(f"Downloading Kafka {kafka_version} from Maven Central, 46 MB, once ...")
-            try:
-                copy_jars(kafka_version, scratch)
-            except Exception as error:
-                raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
-            os.rename(scratch / "jars", folder)
+    if not folder.exists():
+        DATA.mkdir(exist_ok=True)
+        with open(DATA / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=DATA) as scratch:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                print(f"Downloading Kafka {kafka_version} from Maven Central, 46 MB, once ...")
+                try:
+                    copy_jars(kafka_version, Path(scratch))
+                except Exception as error:
+                    raise ClusterError(f"can't download Kafka from Maven Central: {error!r}") from error
+                os.rename(Path(scratch) / "jars", folder)
     return f"{folder}/*"
 
 

@@ -155,7 +155,8 @@ def test_ctrl_c_while_the_broker_is_away(scripts, cluster, topic, group):
             script.wait_for_stderr("Can't connect")
             script.process.send_signal(signal.SIGINT)
         assert press_again(consumer, signal.SIGINT) == -signal.SIGINT
-        assert producer.wait(10) == 130
+        producer.wait_for_stderr("Failed to deliver", limit=7)
+        assert producer.wait(3) == 130
         produced, failed = logged(scripts)
         assert produced
         assert failed
