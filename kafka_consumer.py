@@ -6,7 +6,6 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 import argparse
 import atexit
 import contextlib
-import io
 import logging
 import os
 import re
@@ -24,19 +23,21 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A consumer is a program that reads events, such as this one. A consumer group is one or more of them that share the
 # partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Other groups do the
 # same on their own, so every group gets all events.
-# A rebalance redistributes the partitions when a consumer joins the group or leaves it.
+# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Usually partitions are revoked:
+# their consumer can still commit before others get them. But if the group has not heard from a consumer for too long,
+# its partitions are lost: others have them already.
 # A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it, for a
 # week after the last consumer of the group has left.
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
-# 2. Process: process() handles it. Here it prints it, which only puts it into a buffer.
-# 3. Save: save() writes the buffer out. From now on the event is not lost if the program is killed.
+# 2. Process: process() handles it. Here it makes a line of it, and puts that into a list.
+# 3. Save: save() prints the list. From now on the event is not lost if the program is killed.
 # 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and at
 #    the end.
 # If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
-# many events at once: when no event is waiting, or once a second.
+# many events at once: when no event is waiting, or after 10 ms.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -72,7 +73,8 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            # Reads all partitions, from offsets that we choose, and leaves the group alone: enable.auto.commit is off.
+            # Reads all partitions, from offsets that we choose, and commits nothing: parse_arguments() switches
+            # enable.auto.commit off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -98,42 +100,45 @@ def main():
 
 def next_message(consumer, progress):
     """Returns the next Message, or None if there is none for half a second."""
-    message = consumer.poll(0)  # A thread of the library reads ahead. Is an event here already?
-    if message is None:
-        progress.save_and_store()  # If not, there is time for this.
-        message = consumer.poll(0.5)  # Now wait for one.
+    message = consumer.poll(0)  # As long as events are waiting, since the library reads ahead, don't stop to save.
+    if message is None:  # Nothing is waiting: save first, then wait.
+        progress.save_and_store()
+        message = consumer.poll(0.5)
     return message
 
 
+unsaved = []  # The lines that process() has made, and save() has not printed yet.
+
+
 def process(message, verbose):
-    """Handles one event: prints it. To do something else with events, replace this function.
+    """Handles one event: makes a line of it. To do something else with events, replace this function.
 
     message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
     the dict that was sent.
 
-    Each event is processed at least once, so write it to a database under a unique id. It comes again in these cases:
-    - This raises an exception. The program ends, and the next run begins with the same event. So catch what a bad event
-      can cause, or no run gets past it.
-    - save() raises an exception, or the program is killed. The next run begins at the committed offset.
-    - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or we can't reach Kafka for 45
-      seconds (session.timeout.ms). Another consumer then gets our partitions, and begins at the committed offset.
+    Each event is processed at least once, so write it to a database under a unique id. It comes again after
+    - an exception in here: the program ends, and the next run begins with the same event. So catch what a bad event can
+      cause, or no run gets past it.
+    - an exception in save(), or a crash: the next run begins at the committed offset.
+    - a time-out: more than five minutes between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
+      (session.timeout.ms). Our partitions are lost, and who gets them begins at the committed offset.
     """
     line = printable(message.value())
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    print(line)
+    unsaved.append(line)
 
 
 def save():
-    """Makes sure that what process() did is not lost if the program is killed. Called also if there is nothing to save.
+    """Prints the lines, so that what process() did is not lost if the program is killed.
 
-    For example, to write to a database in batches, put batch = [] above, do batch.append(...) in process(), and here
-        if batch:
-            database.write(batch)  # In a few seconds, since main() allows eight for saving and closing.
-            batch.clear()  # Only after write(): if that raises an exception, main() tries save() again at the end.
+    To write to a database instead, let process() collect rows, and write them here. It may take a few seconds: main()
+    allows eight for saving and closing.
     """
-    sys.stdout.flush()
+    if unsaved:
+        write_out(unsaved)
+        unsaved.clear()  # Only now: if write_out() raises an exception, main() tries save() again at the end.
 
 
 class Progress:
@@ -141,30 +146,31 @@ class Progress:
 
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
-    ours: the partitions that we have, a set of TopicPartitions; only for the message about them.
+    ours: the partitions that we have, a set of TopicPartitions. Only to print them.
     """
 
     def __init__(self, consumer):
         self.consumer = consumer
         self.unstored = {}
-        self.store_at = time.monotonic() + 1
+        self.save_at = time.monotonic() + 0.01
         self.ours = set()
 
     def add(self, message):
         """Notes that an event is processed."""
         self.unstored[message.topic(), message.partition()] = message
-        if time.monotonic() > self.store_at:
+        if time.monotonic() > self.save_at:
             self.save_and_store()
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         save()
         for message in self.unstored.values():
-            # Refused if the partition is no longer ours. Then whoever reads it next gets these events again.
+            # Refused if the partition is no longer ours, after a time-out for example. Its next consumer gets these
+            # events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}
-        self.store_at = time.monotonic() + 1
+        self.save_at = time.monotonic() + 0.01
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
@@ -178,8 +184,8 @@ class Progress:
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """Others have our partitions, since the group has not heard from us for too long: too late for a commit."""
-        self.unstored = {}  # What process() did is saved all the same.
+        """The group has not heard from us for too long, and others have our partitions: too late for a commit."""
+        self.unstored = {}  # Don't store these offsets. What process() did is saved all the same, with the next save().
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -285,9 +291,9 @@ class Trouble:
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
         error = error or next((partition.error for partition in partitions if partition.error), None)
-        self.commit_failed = error is not None
-        if error:
+        if error and not self.commit_failed:  # Told once, until a commit succeeds.
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
+        self.commit_failed = error is not None
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most is also reported elsewhere, but not that unread events were deleted, or why
@@ -305,24 +311,14 @@ def tell(line):
         print(line, file=sys.stderr)
 
 
-class Output(io.FileIO):
-    """A file that ends the program when something can't be written to it. From then on it takes nothing."""
-
-    problem = None
-
-    def write(self, data):
-        try:
-            if self.problem is None:
-                return super().write(data)
-        except OSError as error:
-            self.problem = error.strerror
-            atexit.register(self.discard)
-        sys.exit(f"kafka_consumer.py: can't write to standard output: {self.problem}")
-
-    def discard(self):
-        """At the very end Python tries to write the rest."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-        self.problem = None
+def write_out(lines):
+    """Writes lines to standard output. If that is not possible, it ends the program."""
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
+        # At the very end Python tries to write the rest, and would complain.
+        atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -482,6 +478,6 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    # Buffered, also with PYTHONUNBUFFERED, and in UTF-8, whatever the terminal is set to.
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(Output(sys.stdout.fileno(), "w", closefd=False)), encoding="utf-8")
+    # In UTF-8, whatever the terminal is set to; and buffered, also with PYTHONUNBUFFERED, which can lose text.
+    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     main()

@@ -48,7 +48,8 @@ def main():
     with refusals_told():  # If a setting or the log file is refused, that ends the program.
         run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
         trouble = Trouble(run)  # Tells what goes wrong.
-        # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds.
+        # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds with its
+        # statistics, by which we notice that events wait too long.
         hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
         # Each dict overrides those before it. args.settings: those of --config and --bootstrap-servers.
         producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
@@ -78,7 +79,7 @@ def main():
                     break
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
-                made += 1
+                made += 1  # Before produce(): an event that it refuses counts as failed, too.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
     except KafkaException as error:
@@ -86,8 +87,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # To end now could lose events that are still unconfirmed. So this calls poll() until each has its delivery
-        # report: for two minutes at most, and after Ctrl-C for five seconds. Other programs call producer.flush(); but
-        # after a fatal error it raises an exception, and a report is lost.
+        # report: for two minutes at most, and after Ctrl-C for five seconds. (The library has producer.flush() for
+        # that, but after a fatal error it raises an exception, and a report is lost.)
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -95,9 +96,10 @@ def main():
 
 
 def registration(fake):
-    """Returns one event as a dict, or None if there are no more. For data of your own replace this, and key in main().
+    """Returns one event as a dict, or None if there are no more.
 
-    For example, to send a file that has a column user_id:
+    For data of your own replace this function and, in main(), the line "key = ...". For example, to send a file that
+    has a column user_id:
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)

@@ -392,13 +392,12 @@ def committed(cluster, topic, group, partition=0):
         consumer.close()
 
 
-def consumer_with(folder, lines):
-    """Writes mine.py, a copy of kafka_consumer.py whose process() does these lines first; returns its path."""
-    begin = "    line = printable(message.value())\n"
-    before, found, after = (ROOT / "kafka_consumer.py").read_text().partition(begin)
+def consumer_with(folder, lines, before="    line = printable(message.value())\n"):
+    """Writes mine.py, a copy of kafka_consumer.py with more lines before one of its own; returns its path."""
+    head, found, tail = (ROOT / "kafka_consumer.py").read_text().partition(before)
     assert found
     path = folder / "mine.py"
-    path.write_text(f"{before}{lines}{begin}{after}")
+    path.write_text(f"{head}{lines}{found}{tail}")
     return path
 
 

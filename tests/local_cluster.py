@@ -240,7 +240,8 @@ class Service:
 
     def stop(self):
         """Ends the process cleanly, or after the compose file's stop_grace_period by force; it stays down."""
-        self.end(signal.SIGTERM, self.stop_seconds)
+        # To save its classes takes Java five seconds, and on a busy machine several times that.
+        self.end(signal.SIGTERM, 60 if self.learns else self.stop_seconds)
         if self.learns:
             with contextlib.suppress(OSError):  # It could not be made, or can't be put there.
                 os.replace(self.new_cache, self.cache)
