@@ -23,11 +23,11 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A consumer is a program that reads events, such as this one. A consumer group is one or more of them that share the
 # partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Other groups do the
 # same on their own, so every group gets all events.
-# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Usually partitions are revoked:
-# their consumer can still commit before others get them. But if the group has not heard from a consumer for too long,
-# its partitions are lost: others have them already.
-# A committed offset says where in a partition the group goes on after a rebalance or a restart. Kafka keeps it, for a
-# week after the last consumer of the group has left.
+# A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
+# Kafka keeps it, for a week after the last consumer of the group has left.
+# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Normally it revokes partitions:
+# their old consumer can still commit its offsets. But if that was silent for too long, its partitions are lost: others
+# have them already, and it can't commit any more.
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
@@ -73,8 +73,8 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            # Reads all partitions, from offsets that we choose, and commits nothing: parse_arguments() switches
-            # enable.auto.commit off.
+            # Reads all partitions, from offsets that we choose. Stored offsets are not committed here, since
+            # parse_arguments() switches enable.auto.commit off.
             consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -89,19 +89,19 @@ def main():
             progress.add(message)
             printed += 1
     finally:
-        with time_limit(8):  # Ends the program after eight seconds; with the broker away, close() alone could take 45.
-            try:
-                progress.save_and_store()  # The last events, also after an exception.
-                tell(f"Printed {printed} events. Closing.")
-            finally:  # Even if they can't be saved.
-                consumer.close()  # Commits what is stored, and leaves the group.
+        end_within(8)  # From here on, seconds. With the broker away, close() alone could take 45.
+        try:
+            progress.save_and_store()  # The last events, also after an exception.
+            tell(f"Printed {printed} events. Closing.")
+        finally:  # Even if they can't be saved.
+            consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
 def next_message(consumer, progress):
     """Returns the next Message, or None if there is none for half a second."""
-    message = consumer.poll(0)  # As long as events are waiting, since the library reads ahead, don't stop to save.
-    if message is None:  # Nothing is waiting: save first, then wait.
+    message = consumer.poll(0)  # The library reads ahead. As long as events are waiting, don't stop to save.
+    if message is None:  # None is waiting: save first, then wait for one.
         progress.save_and_store()
         message = consumer.poll(0.5)
     return message
@@ -116,12 +116,12 @@ def process(message, verbose):
     message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
     the dict that was sent.
 
-    Each event is processed at least once, so write it to a database under a unique id. It comes again after
-    - an exception in here: the program ends, and the next run begins with the same event. So catch what a bad event can
-      cause, or no run gets past it.
-    - an exception in save(), or a crash: the next run begins at the committed offset.
-    - a time-out: more than five minutes between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
-      (session.timeout.ms). Our partitions are lost, and who gets them begins at the committed offset.
+    Each event is processed at least once, so write it to a database under a unique id. Some come again in these cases:
+    - This raises an exception. main() still saves, stores and commits the events before this one, and the next run
+      begins with this one. So catch what a bad event can cause, or no run gets past it.
+    - save() fails, or the program is killed. The next run begins at the last committed offset, several events back.
+    - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
+      (session.timeout.ms). Our partitions are lost, and their next consumer begins at the last committed offset.
     """
     line = printable(message.value())
     if verbose:
@@ -133,8 +133,8 @@ def process(message, verbose):
 def save():
     """Prints the lines, so that what process() did is not lost if the program is killed.
 
-    To write to a database instead, let process() collect rows, and write them here. It may take a few seconds: main()
-    allows eight for saving and closing.
+    To write to a database instead, let process() collect rows, and write them here. At the end that may take a few
+    seconds: main() allows eight for saving and closing.
     """
     if unsaved:
         write_out(unsaved)
@@ -158,7 +158,7 @@ class Progress:
     def add(self, message):
         """Notes that an event is processed."""
         self.unstored[message.topic(), message.partition()] = message
-        if time.monotonic() > self.save_at:
+        if time.monotonic() > self.save_at:  # 10 ms after the last time.
             self.save_and_store()
 
     def save_and_store(self):
@@ -185,7 +185,7 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """The group has not heard from us for too long, and others have our partitions: too late for a commit."""
-        self.unstored = {}  # Don't store these offsets. What process() did is saved all the same, with the next save().
+        self.unstored = {}  # Their new consumers decide where to go on. The events are saved all the same.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -197,7 +197,7 @@ MORE_SETTINGS = {
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
 # What --config can't change.
-FIXED = {"enable.auto.offset.store", "enable.auto.commit"}
+FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -224,7 +224,8 @@ class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: a set of TopicPartitions, those that are read to the end.
-    idle: how often in a row look() was called while we had no partitions; next_message() takes half a second each time.
+    idle: how often in a row look() found no partitions; next_message() takes half a second each time. A clock would
+    also count the time when there was no need to look.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):
@@ -380,10 +381,9 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-@contextlib.contextmanager
-def time_limit(seconds):
-    """Ends the program if what is in the with block takes longer; Ctrl-C and SIGTERM end it at once."""
-    error = sys.exc_info()[1]  # Python would only print it afterwards.
+def end_within(seconds):
+    """Ends the program if it does not end by itself within that time. Ctrl-C and SIGTERM end it at once."""
+    error = sys.exc_info()[1]  # Python would only print it at the end.
 
     def give_up():
         if isinstance(error, SystemExit):
@@ -396,12 +396,8 @@ def time_limit(seconds):
 
     handle_signals(signal.SIG_DFL)
     timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
+    timer.daemon = True  # The program does not wait for it.
     timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
@@ -417,7 +413,10 @@ def printable(data):
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for lines other than # comments."""
+    """Returns the key=value lines of a file as a dict. Skips empty lines and # comments.
+
+    Raises ArgumentTypeError for any other line, and if the file can't be read.
+    """
     found = {}
     try:
         with open(path, encoding="utf-8-sig") as file:

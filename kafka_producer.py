@@ -29,7 +29,7 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "acks": "all",  # A broker confirms an event only when all replicas that are up to date have it.
+    "acks": "all",  # A broker confirms an event when all replicas have it, except for those that have fallen behind.
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
@@ -37,7 +37,7 @@ SETTINGS = {
     # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic. An event
     # without a key goes to a random one.
     "partitioner": "murmur2_random",
-}  # Below the lesson: MORE_SETTINGS, for networks, against a bug that doubles events, and for the memory.
+}  # MORE_SETTINGS, below the lesson, holds those for networks and for the memory.
 # At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
 # program is killed, these events may be lost.
 MAX_UNCONFIRMED = 10_000
@@ -45,13 +45,16 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
-    with refusals_told():  # If a setting or the log file is refused, that ends the program.
+    with refusals_told():  # If the log file can't be opened, that ends the program.
         run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
-        trouble = Trouble(run)  # Tells what goes wrong.
-        # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds with its
-        # statistics, by which we notice that events wait too long.
-        hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
-        # Each dict overrides those before it. args.settings: those of --config and --bootstrap-servers.
+    report = Report(run, args.quiet)  # What became of the events.
+    trouble = Trouble(run, report)  # Tells what goes wrong.
+    # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds with its
+    # statistics, by which we notice that events wait too long.
+    hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
+    with refusals_told():  # The same if the library refuses a setting.
+        # Producer(SETTINGS) would do for a start. Here each dict overrides those before it; args.settings holds what
+        # --config and --bootstrap-servers say.
         producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
     fake.seed_instance(args.seed)
@@ -64,12 +67,12 @@ def main():
     # 3. When the broker answers, or after two minutes without an answer, the library makes a delivery report: delivered
     #    or failed. Failed means not confirmed; the event may be stored all the same.
     # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
-    report = Report(run, args.quiet)
     start = time.monotonic()
     made = 0
     try:
         while made < args.count and not run.stopped:  # By a failure or Ctrl-C.
-            too_early = time.monotonic() < start + made * args.interval
+            due = start + made * args.interval  # When to make the next event.
+            too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
@@ -87,8 +90,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # To end now could lose events that are still unconfirmed. So this calls poll() until each has its delivery
-        # report: for two minutes at most, and after Ctrl-C for five seconds. (The library has producer.flush() for
-        # that, but after a fatal error it raises an exception, and a report is lost.)
+        # report: for two minutes at most, and after Ctrl-C for five seconds. Usually producer.flush() does this. But
+        # after a fatal error it raises an exception instead of passing on all reports.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -104,7 +107,8 @@ def registration(fake):
         def registration(fake):
             return next(rows, None)
     Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file. For events without a
-    key remove key in main(), in both places. Don't wait for data in here, since meanwhile no reports are passed on.
+    key remove the line "key = ..." in main(), and key=key from the call of produce(). Don't wait for data in here:
+    meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -116,12 +120,17 @@ def registration(fake):
 
 
 class Report:
-    """What became of the events. delivered: how many the broker has confirmed."""
+    """What became of the events.
+
+    delivered: how many the broker has confirmed.
+    delivered_at: when it has confirmed the last one, in the time of time.monotonic().
+    """
 
     def __init__(self, run, quiet):
         self.run = run
         self.quiet = quiet
         self.delivered = 0
+        self.delivered_at = 0
         self.has_failed = False
 
     def on_delivery(self, error, message):
@@ -130,7 +139,7 @@ class Report:
         event = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            self.run.delivered_at = time.monotonic()
+            self.delivered_at = time.monotonic()
             # The offset can be None if the event was sent again: the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {event}, {place}"
@@ -139,8 +148,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # To pass the event to produce() again could store it twice, so look into the topic before you do that.
-            # Idempotence covers only what the library itself sends again.
+            # Don't simply pass it to produce() again: the broker may have stored it. A second produce() gives it a new
+            # number, so that idempotence does not recognize it. Look into the topic first.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -157,8 +166,8 @@ MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "statistics.interval.ms": 2_000,  # How often Trouble.on_statistics() is called.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
-    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). Ignore that in the first 33
-    # minutes; the library can't count to more than 35. Later it makes events fail.
+    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For the first 33 minutes this
+    # makes the library ignore that; later, events fail. More can't be set: from 36 minutes on its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
     # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
@@ -177,14 +186,12 @@ class Run:
 
     exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
     give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
-    delivered_at: when an event was last confirmed, in that time too.
     """
 
     def __init__(self, log_file):
         self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
         self.give_up_at = math.inf
-        self.delivered_at = 0
 
     @property
     def stopped(self):
@@ -220,10 +227,12 @@ class Run:
 class Trouble:
     """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
 
-    def __init__(self, run):
+    def __init__(self, run, report):
         self.run = run
+        self.report = report
         self.silent_until = 0
-        self.tell_waiting_at = time.monotonic() + 3
+        self.idle_at = 0
+        self.told_at = 0
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
@@ -233,14 +242,14 @@ class Trouble:
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
 
     def on_statistics(self, text):
-        """Tells if events wait, but none was confirmed for three seconds; then every ten seconds."""
+        """Tells, at most every ten seconds, if events wait and none was confirmed for more than three seconds."""
         unconfirmed = json.loads(text)["msg_cnt"]
         now = time.monotonic()
         if unconfirmed == 0:
-            self.tell_waiting_at = now + 3
-        self.tell_waiting_at = max(self.tell_waiting_at, self.run.delivered_at + 3)
-        if now > self.tell_waiting_at:
-            self.tell_waiting_at = now + 10
+            self.idle_at = now
+        waiting_since = max(self.idle_at, self.report.delivered_at)
+        if now > waiting_since + 3 and now > self.told_at + 10:
+            self.told_at = now
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
 
     def log(self, level, template, facility, client, text):
@@ -316,7 +325,10 @@ def wait_for_reports(producer, run, topic):
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict; raises ArgumentTypeError for lines other than # comments."""
+    """Returns the key=value lines of a file as a dict. Skips empty lines and # comments.
+
+    Raises ArgumentTypeError for any other line, and if the file can't be read.
+    """
     found = {}
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -342,7 +354,7 @@ def parse_arguments():
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
     add("-c", "--count", type=int, default=10, help="how many events; 0: without end (default: %(default)s)")
-    add("-i", "--interval", type=float, default=1, help="seconds from one event to the next (default: %(default)s)")
+    add("-i", "--interval", type=float, default=1, help="average seconds from event to event (default: %(default)s)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")
     add("--seed", type=int, help="make the same people each time (default: others each time)")
