@@ -52,11 +52,11 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Tells what goes wrong with connections, commits and settings.
-    hooks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
-    with refusals_told():  # If a setting is refused, that ends the program.
-        # Each dict overrides those before it. args.settings: those of --config and of other options.
-        consumer = Consumer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
+    trouble = Trouble()  # Tells when connections or commits fail.
+    with refusals_told():  # If the library refuses a setting, that ends the program.
+        # Consumer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
+        # other options say.
+        consumer = Consumer(SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks)
     tell("Kafka Consumer has been initiated...")
     show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
 
@@ -273,12 +273,15 @@ def handle_error(message, topic, end):
 
 
 class Trouble:
-    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll() and close().
+    """Prints what goes wrong and is no reason to stop.
 
+    hooks: the settings by which the library calls the methods in poll() and close(): when a connection fails, after
+    each commit, and for what it logs.
     commit_failed: whether the last commit failed.
     """
 
     def __init__(self):
+        self.hooks = {"error_cb": self.on_error, "on_commit": self.on_commit, "logger": self}
         self.commit_failed = False
         self.silent_until = 0
 

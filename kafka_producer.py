@@ -45,17 +45,13 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
-    with refusals_told():  # If the log file can't be opened, that ends the program.
-        run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
+    run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
     report = Report(run, args.quiet)  # What became of the events.
-    trouble = Trouble(run, report)  # Tells what goes wrong.
-    # The library calls these in poll(): when a connection fails, for what it logs, and every two seconds with its
-    # statistics, by which we notice that events wait too long.
-    hooks = {"error_cb": trouble.on_error, "logger": trouble, "stats_cb": trouble.on_statistics}
-    with refusals_told():  # The same if the library refuses a setting.
-        # Producer(SETTINGS) would do for a start. Here each dict overrides those before it; args.settings holds what
-        # --config and --bootstrap-servers say.
-        producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | hooks)
+    trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
+    with refusals_told():  # If the library refuses a setting, that ends the program.
+        # Producer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
+        # --bootstrap-servers say.
+        producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
@@ -189,7 +185,8 @@ class Run:
     """
 
     def __init__(self, log_file):
-        self.log_file = open(log_file, "a", encoding="utf-8")
+        with refusals_told():
+            self.log_file = open(log_file, "a", encoding="utf-8")
         self.exit_status = 0
         self.give_up_at = math.inf
 
@@ -225,9 +222,14 @@ class Run:
 
 
 class Trouble:
-    """Prints what goes wrong and is no reason to stop. The library calls the methods in poll()."""
+    """Prints what goes wrong and is no reason to stop.
+
+    hooks: the settings by which the library calls the methods in poll(): when a connection fails, for what it logs, and
+    every two seconds with its statistics.
+    """
 
     def __init__(self, run, report):
+        self.hooks = {"error_cb": self.on_error, "logger": self, "stats_cb": self.on_statistics}
         self.run = run
         self.report = report
         self.silent_until = 0
