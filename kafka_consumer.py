@@ -25,9 +25,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # same on their own, so every group gets all events.
 # A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
 # Kafka keeps it, for a week after the last consumer of the group has left.
-# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Normally it revokes partitions:
-# their old consumer can still commit its offsets. But if that was silent for too long, its partitions are lost: others
-# have them already, and it can't commit any more.
+# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Whoever must give up partitions
+# is normally told before: they are revoked, and it can still commit.
+# But a consumer that was silent for too long has lost its partitions: others have them, and it can't commit any more.
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
@@ -62,7 +62,7 @@ def main():
 
     progress = Progress(consumer)  # Saves and stores.
     end = End(consumer, args.exit)  # end.has_come is true after Ctrl-C, or with --exit when all is read.
-    printed = 0
+    processed = 0
     try:
         if args.from_offset is None:
             # Joins the group. Rebalances happen in poll(), which then calls one of these.
@@ -73,11 +73,9 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            # Reads all partitions, from offsets that we choose. Stored offsets are not committed here, since
-            # parse_arguments() switches enable.auto.commit off.
-            consumer.assign(first_offsets(consumer, args.topic, args.from_offset))
+            assign_partitions(consumer, args.topic, args.from_offset)  # Reads without the group, and commits nothing.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
-        while printed < args.max_messages and not end.has_come:
+        while processed < args.max_messages and not end.has_come:
             message = next_message(consumer, progress)  # Calls consumer.poll().
             if message is None:  # No event for half a second.
                 end.look()  # Is all read?
@@ -87,12 +85,12 @@ def main():
                 continue
             process(message, args.verbose)
             progress.add(message)
-            printed += 1
+            processed += 1
     finally:
-        end_within(8)  # From here on, seconds. With the broker away, close() alone could take 45.
+        end_within(8)  # If what follows takes longer, this ends the program. Without a broker close() could take 45 s.
         try:
             progress.save_and_store()  # The last events, also after an exception.
-            tell(f"Printed {printed} events. Closing.")
+            tell(f"Printed {processed} events. Closing.")
         finally:  # Even if they can't be saved.
             consumer.close()  # Commits what is stored, and leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
@@ -100,14 +98,14 @@ def main():
 
 def next_message(consumer, progress):
     """Returns the next Message, or None if there is none for half a second."""
-    message = consumer.poll(0)  # The library reads ahead. As long as events are waiting, don't stop to save.
-    if message is None:  # None is waiting: save first, then wait for one.
+    message = consumer.poll(0)  # An event that is here already, since the library reads ahead.
+    if message is None:  # There is none: a good moment to save. Then wait for one.
         progress.save_and_store()
         message = consumer.poll(0.5)
     return message
 
 
-unsaved = []  # The lines that process() has made, and save() has not printed yet.
+lines = []  # What process() has made, and save() has not printed yet.
 
 
 def process(message, verbose):
@@ -119,7 +117,7 @@ def process(message, verbose):
     Each event is processed at least once, so write it to a database under a unique id. Some come again in these cases:
     - This raises an exception. main() still saves, stores and commits the events before this one, and the next run
       begins with this one. So catch what a bad event can cause, or no run gets past it.
-    - save() fails, or the program is killed. The next run begins at the last committed offset, several events back.
+    - save() fails, or the program is killed. The next run begins at the last committed offset.
     - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
       (session.timeout.ms). Our partitions are lost, and their next consumer begins at the last committed offset.
     """
@@ -127,7 +125,7 @@ def process(message, verbose):
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    unsaved.append(line)
+    lines.append(line)
 
 
 def save():
@@ -136,9 +134,9 @@ def save():
     To write to a database instead, let process() collect rows, and write them here. At the end that may take a few
     seconds: main() allows eight for saving and closing.
     """
-    if unsaved:
-        write_out(unsaved)
-        unsaved.clear()  # Only now: if write_out() raises an exception, main() tries save() again at the end.
+    if lines:
+        write_out("\n".join(lines))
+        lines.clear()  # Only now: if write_out() raises an exception, main() tries save() again at the end.
 
 
 class Progress:
@@ -185,7 +183,7 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """The group has not heard from us for too long, and others have our partitions: too late for a commit."""
-        self.unstored = {}  # Their new consumers decide where to go on. The events are saved all the same.
+        self.unstored = {}  # Forget their offsets. Their lines are still printed by the next save(), and by others too.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -315,10 +313,10 @@ def tell(line):
         print(line, file=sys.stderr)
 
 
-def write_out(lines):
-    """Writes lines to standard output. If that is not possible, it ends the program."""
+def write_out(text):
+    """Writes text to standard output. If that is not possible, it ends the program."""
     try:
-        print("\n".join(lines), flush=True)
+        print(text, flush=True)
     except OSError as error:
         # At the very end Python tries to write the rest, and would complain.
         atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -362,8 +360,8 @@ def show_topics(consumer, args):
     sys.exit(f"kafka_consumer.py: {problem or 'no answer from Kafka for 30 seconds'}")
 
 
-def first_offsets(consumer, topic, wanted):
-    """Returns for each partition a TopicPartition with the offset to begin at. wanted: N, or -N: N before the end."""
+def assign_partitions(consumer, topic, wanted):
+    """Begins to read all partitions at an offset. wanted: N, or -N: N before the end."""
     starts = []
     try:
         for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
@@ -375,7 +373,7 @@ def first_offsets(consumer, topic, wanted):
             starts.append(TopicPartition(topic, number, start))
     except KafkaException as error:
         sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.args[0].str()}")
-    return starts
+    consumer.assign(starts)
 
 
 def handle_signals(handler):
@@ -437,7 +435,7 @@ def properties(path):
 
 
 def start_offset(text):
-    """Returns what first_offsets() takes; raises ValueError for anything else."""
+    """Returns what assign_partitions() takes; raises ValueError for anything else."""
     if text == "beginning":
         return 0
     if text == "end":

@@ -29,13 +29,15 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "acks": "all",  # A broker confirms an event when all replicas have it, except for those that have fallen behind.
+    # A broker confirms an event when all replicas that are up to date have it. How many these must be at least is a
+    # setting of the topic: min.insync.replicas.
+    "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # Which partition a key belongs to: the same as in Java programs, so that both can write to one topic. An event
-    # without a key goes to a random one.
+    # The formula that makes a partition of a key, murmur2: the same as in Java programs, so that both can write to one
+    # topic. An event without a key goes to a random one.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks and for the memory.
 # At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
@@ -45,8 +47,9 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
+    # Three helpers. In the lesson only report matters: its on_delivery() is told what became of each event.
     run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
-    report = Report(run, args.quiet)  # What became of the events.
+    report = Report(run, args.quiet)
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # Producer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
@@ -78,18 +81,18 @@ def main():
                     break
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
-                made += 1  # Before produce(): an event that it refuses counts as failed, too.
+                made += 1
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
                 producer.poll(0)  # Passes on the reports that have come, and does not wait.
     except KafkaException as error:
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # To end now could lose events that are still unconfirmed. So this calls poll() until each has its delivery
-        # report: for two minutes at most, and after Ctrl-C for five seconds. Usually producer.flush() does this. But
-        # after a fatal error it raises an exception instead of passing on all reports.
+        # To end now could lose events that are still unconfirmed. So wait until each has its delivery report: for two
+        # minutes at most, and after Ctrl-C for five seconds. In a simple program, call producer.flush() here. We don't,
+        # since after a fatal error it raises an exception before all reports have come.
         wait_for_reports(producer, run, args.topic)
-        failed = made - report.delivered
+        failed = made - report.delivered  # Also one that produce() refused, which gets no report.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
@@ -144,8 +147,8 @@ class Report:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
-            # Don't simply pass it to produce() again: the broker may have stored it. A second produce() gives it a new
-            # number, so that idempotence does not recognize it. Look into the topic first.
+            # Don't simply pass it to produce() again: the broker may have stored it, and enable.idempotence does not
+            # help, since a second produce() gives it a new number. Look into the topic first.
             line = f"Failed to deliver to {event}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -244,13 +247,13 @@ class Trouble:
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
 
     def on_statistics(self, text):
-        """Tells, at most every ten seconds, if events wait and none was confirmed for more than three seconds."""
+        """Tells, at most every ten seconds, if events wait and none was confirmed for more than five seconds."""
         unconfirmed = json.loads(text)["msg_cnt"]
         now = time.monotonic()
         if unconfirmed == 0:
             self.idle_at = now
         waiting_since = max(self.idle_at, self.report.delivered_at)
-        if now > waiting_since + 3 and now > self.told_at + 10:
+        if now > waiting_since + 5 and now > self.told_at + 10:
             self.told_at = now
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
 

@@ -40,10 +40,10 @@ def test_offsets_are_stored_when_a_batch_is_saved(scripts, cluster, filled, grou
         "        save.tries = getattr(save, 'tries', 0) + 1",
         f"        if save.tries <= {failures}:",
         "            raise OSError('no database')",
-        "        tell(f'saved {len(unsaved)}')",
+        "        tell(f'saved {len(lines)}')",
     ]
     ours = "".join(f"{line}\n" for line in lines)
-    mine = consumer_with(scripts.folder, ours, before="        write_out(unsaved)\n")
+    mine = consumer_with(scripts.folder, ours, before='        write_out("\\n".join(lines))\n')
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == (1 if failures else 0)
