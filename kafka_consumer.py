@@ -21,8 +21,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # Kafka deletes events when they are older than a set time. The library calls an event a message.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer is a program that reads events, such as this one. A consumer group is one or more of them that share the
-# partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Other groups do the
-# same on their own, so every group gets all events.
+# partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Every group gets all
+# events, independently of other groups.
 # A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
 # Kafka keeps it, for a week after the last consumer of the group has left.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it. Whoever must give up partitions
@@ -31,13 +31,13 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
-# 2. Process: process() handles it. Here it makes a line of it, and puts that into a list.
-# 3. Save: save() prints the list. From now on the event is not lost if the program is killed.
+# 2. Process: process() makes of it what we want to keep. Here it is a line of text.
+# 3. Save: save() prints the line. From now on the event is not lost if the program is killed.
 # 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and at
-#    the end.
+# 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
+#    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
-# many events at once: when no event is waiting, or after 10 ms.
+# many events at once: when no event is waiting, or after a millisecond.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -83,11 +83,11 @@ def main():
             if message.error():  # Not an event but a problem; with --exit also the end of a partition.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
                 continue
-            process(message, args.verbose)
-            progress.add(message)
+            result = process(message, args.verbose)
+            progress.add(message, result)  # Also saves and stores, after a millisecond.
             processed += 1
     finally:
-        end_within(8)  # If what follows takes longer, this ends the program. Without a broker close() could take 45 s.
+        end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
         try:
             progress.save_and_store()  # The last events, also after an exception.
             tell(f"Printed {processed} events. Closing.")
@@ -105,17 +105,14 @@ def next_message(consumer, progress):
     return message
 
 
-lines = []  # What process() has made, and save() has not printed yet.
-
-
 def process(message, verbose):
-    """Handles one event: makes a line of it. To do something else with events, replace this function.
+    """Returns what is to be saved of one event: here the line to print. For your own use replace this and save().
 
     message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
     the dict that was sent.
 
     Each event is processed at least once, so write it to a database under a unique id. Some come again in these cases:
-    - This raises an exception. main() still saves, stores and commits the events before this one, and the next run
+    - process() raises an exception. main() still saves, stores and commits the events before this one, and the next run
       begins with this one. So catch what a bad event can cause, or no run gets past it.
     - save() fails, or the program is killed. The next run begins at the last committed offset.
     - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
@@ -125,23 +122,22 @@ def process(message, verbose):
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    lines.append(line)
+    return line
 
 
-def save():
-    """Prints the lines, so that what process() did is not lost if the program is killed.
+def save(results):
+    """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
 
-    To write to a database instead, let process() collect rows, and write them here. At the end that may take a few
-    seconds: main() allows eight for saving and closing.
+    To write to a database instead, let process() return rows, and write them here. If this raises an exception, main()
+    ends the program, but before that tries once more. Then it may take a few seconds.
     """
-    if lines:
-        write_out("\n".join(lines))
-        lines.clear()  # Only now: if write_out() raises an exception, main() tries save() again at the end.
+    write_out("\n".join(results))
 
 
 class Progress:
     """Remembers which events are processed, saves them, and stores their offsets.
 
+    unsaved: a list of what process() returned.
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
     ours: the partitions that we have, a set of TopicPartitions. Only to print them.
@@ -149,26 +145,29 @@ class Progress:
 
     def __init__(self, consumer):
         self.consumer = consumer
+        self.unsaved = []
         self.unstored = {}
-        self.save_at = time.monotonic() + 0.01
+        self.save_at = time.monotonic() + 0.001
         self.ours = set()
 
-    def add(self, message):
-        """Notes that an event is processed."""
+    def add(self, message, result):
+        """Notes that an event is processed, and saves and stores now and then."""
+        self.unsaved.append(result)
         self.unstored[message.topic(), message.partition()] = message
-        if time.monotonic() > self.save_at:  # 10 ms after the last time.
+        if time.monotonic() > self.save_at:  # A millisecond after the last time.
             self.save_and_store()
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        save()
+        if self.unsaved:
+            save(self.unsaved)
+            self.unsaved = []
         for message in self.unstored.values():
-            # Refused if the partition is no longer ours, after a time-out for example. Its next consumer gets these
-            # events again.
+            # Refused if the partition is no longer ours, and rightly so: its next consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.unstored = {}
-        self.save_at = time.monotonic() + 0.01
+        self.save_at = time.monotonic() + 0.001
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
@@ -183,7 +182,7 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """The group has not heard from us for too long, and others have our partitions: too late for a commit."""
-        self.unstored = {}  # Forget their offsets. Their lines are still printed by the next save(), and by others too.
+        self.unstored = {}  # Don't store these offsets. What is unsaved is saved all the same, and by the others again.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -245,17 +244,14 @@ class End:
 
     def look(self):
         """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
-        have = set(self.consumer.assignment())
-        self.reached &= have
-        if have:
-            self.idle = 0
-            if self.exit_when_all_is_read and self.reached == have:
-                self.has_come = True
-            return
-        self.idle += 1
+        ours = set(self.consumer.assignment())
+        self.reached &= ours
+        self.idle = 0 if ours else self.idle + 1
+        if ours and self.reached == ours and self.exit_when_all_is_read:
+            self.has_come = True
         if self.idle == 20:
             tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
-        if self.exit_when_all_is_read and self.idle == 120:
+        if self.idle == 120 and self.exit_when_all_is_read:
             sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
 
 

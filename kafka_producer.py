@@ -29,15 +29,15 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # A broker confirms an event when all replicas that are up to date have it. How many these must be at least is a
-    # setting of the topic: min.insync.replicas.
+    # A broker confirms an event when all replicas that are up to date have it. The topic's setting min.insync.replicas
+    # says how many these must be; with fewer the broker refuses the event for now, and the library tries again.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # The formula that makes a partition of a key, murmur2: the same as in Java programs, so that both can write to one
-    # topic. An event without a key goes to a random one.
+    # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
+    # can write to one topic. An event without a key goes to a random partition.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks and for the memory.
 # At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
@@ -89,8 +89,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # To end now could lose events that are still unconfirmed. So wait until each has its delivery report: for two
-        # minutes at most, and after Ctrl-C for five seconds. In a simple program, call producer.flush() here. We don't,
-        # since after a fatal error it raises an exception before all reports have come.
+        # minutes at most (delivery.timeout.ms), and after Ctrl-C for five seconds. In a simple program call
+        # producer.flush() here. This does the same, but also after a fatal error, where flush() raises an exception.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered  # Also one that produce() refused, which gets no report.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -105,9 +105,9 @@ def registration(fake):
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
-    Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file. For events without a
-    key remove the line "key = ..." in main(), and key=key from the call of produce(). Don't wait for data in here:
-    meanwhile no reports are passed on.
+    Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file.
+    For events without a key remove the line "key = ..." in main(), and key=key from the call of produce().
+    Don't wait for data in here: meanwhile no reports are passed on.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -135,21 +135,21 @@ class Report:
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
         value = "null" if message.value() is None else message.value().decode(errors="backslashreplace")
-        event = f"topic {message.topic()} with value of {value}"
+        what = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
             self.delivered_at = time.monotonic()
             # The offset can be None if the event was sent again: the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
-            line = f"Produced message on {event}, {place}"
+            line = f"Produced message on {what}, {place}"
             self.run.log(line)
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
             self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
             # Don't simply pass it to produce() again: the broker may have stored it, and enable.idempotence does not
-            # help, since a second produce() gives it a new number. Look into the topic first.
-            line = f"Failed to deliver to {event}: {error.str()}"
+            # help, since a second produce() gives it a new number. First look whether the topic has it.
+            line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
                 self.has_failed = True
@@ -236,7 +236,7 @@ class Trouble:
         self.run = run
         self.report = report
         self.silent_until = 0
-        self.idle_at = 0
+        self.idle_at = time.monotonic()
         self.told_at = 0
 
     def on_error(self, error):
@@ -247,13 +247,13 @@ class Trouble:
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
 
     def on_statistics(self, text):
-        """Tells, at most every ten seconds, if events wait and none was confirmed for more than five seconds."""
+        """Tells, at most every ten seconds, if events wait and none was confirmed for more than three seconds."""
         unconfirmed = json.loads(text)["msg_cnt"]
         now = time.monotonic()
         if unconfirmed == 0:
             self.idle_at = now
         waiting_since = max(self.idle_at, self.report.delivered_at)
-        if now > waiting_since + 5 and now > self.told_at + 10:
+        if now > waiting_since + 3 and now > self.told_at + 10:
             self.told_at = now
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
 

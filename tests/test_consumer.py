@@ -37,13 +37,13 @@ def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled,
 def test_offsets_are_stored_when_a_batch_is_saved(scripts, cluster, filled, group, failures, at_least, at_most):
     """Our own save() may fail, and is given one more chance at the end."""
     lines = [
-        "        save.tries = getattr(save, 'tries', 0) + 1",
-        f"        if save.tries <= {failures}:",
-        "            raise OSError('no database')",
-        "        tell(f'saved {len(lines)}')",
+        "    save.tries = getattr(save, 'tries', 0) + 1",
+        f"    if save.tries <= {failures}:",
+        "        raise OSError('no database')",
+        "    tell(f'saved {len(results)}')",
     ]
     ours = "".join(f"{line}\n" for line in lines)
-    mine = consumer_with(scripts.folder, ours, before='        write_out("\\n".join(lines))\n')
+    mine = consumer_with(scripts.folder, ours, before='    write_out("\\n".join(results))\n')
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == (1 if failures else 0)
