@@ -25,9 +25,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # events, independently of other groups.
 # A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
 # Kafka keeps it, for a week after the last consumer of the group has left.
-# A rebalance redistributes the partitions when a consumer joins the group or leaves it. Whoever must give up partitions
-# is normally told before: they are revoked, and it can still commit.
-# But a consumer that was silent for too long has lost its partitions: others have them, and it can't commit any more.
+# A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
@@ -36,16 +34,16 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
-# If the program is killed before the commit, event 6 comes again: better twice than never. For speed, we save and store
-# many events at once: when no event is waiting, or after a millisecond.
+# If the program is killed before the commit, event 6 comes again: better twice than never.
+# For speed, we save and store several events at once: those of a millisecond, or until none is waiting.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library stores the offset as soon as it hands us the event. If a commit follows, and we are killed
-    # before the event is saved, no run sees it again. So we store the offset ourselves, after saving.
+    # By default the library stores the offset (step 4) as soon as it hands us the event (step 1). If a commit follows,
+    # and we are killed before the event is saved, no run sees it again. So we store it ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -86,13 +84,12 @@ def main():
             result = process(message, args.verbose)
             progress.add(message, result)  # Also saves and stores, after a millisecond.
             processed += 1
+        progress.save_and_store()
+        tell(f"Printed {processed} events. Closing.")
     finally:
         end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
-        try:
-            progress.save_and_store()  # The last events, also after an exception.
-            tell(f"Printed {processed} events. Closing.")
-        finally:  # Even if they can't be saved.
-            consumer.close()  # Commits what is stored, and leaves the group.
+        # Also after an exception: this calls on_revoke(), commits what is stored, and leaves the group.
+        consumer.close()
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -111,12 +108,9 @@ def process(message, verbose):
     message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
     the dict that was sent.
 
-    Each event is processed at least once, so write it to a database under a unique id. Some come again in these cases:
-    - process() raises an exception. main() still saves, stores and commits the events before this one, and the next run
-      begins with this one. So catch what a bad event can cause, or no run gets past it.
-    - save() fails, or the program is killed. The next run begins at the last committed offset.
-    - More than five minutes pass between two calls of poll() (max.poll.interval.ms), or 45 seconds without Kafka
-      (session.timeout.ms). Our partitions are lost, and their next consumer begins at the last committed offset.
+    An event may come twice, so write it to a database under a unique id. If process() raises an exception, the program
+    ends, and the next run begins with the same event. So catch what a bad event can cause, or no run gets past it. If
+    it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
     """
     line = printable(message.value())
     if verbose:
@@ -128,8 +122,8 @@ def process(message, verbose):
 def save(results):
     """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
 
-    To write to a database instead, let process() return rows, and write them here. If this raises an exception, main()
-    ends the program, but before that tries once more. Then it may take a few seconds.
+    To write to a database instead, let process() return rows, and write them here. If this raises an exception, the
+    program ends, and the next run gets these events again.
     """
     write_out("\n".join(results))
 
@@ -176,13 +170,14 @@ class Progress:
         tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance is about to take partitions away. Save and store now, since a commit follows."""
+        """A rebalance, or close(), is about to take partitions away. Save and store now, since a commit follows."""
         self.save_and_store()
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """The group has not heard from us for too long, and others have our partitions: too late for a commit."""
-        self.unstored = {}  # Don't store these offsets. What is unsaved is saved all the same, and by the others again.
+        """Instead of on_revoke(), if the group has not heard from us for 45 seconds or process() took five minutes: now
+        others have our partitions, and it is too late for a commit.
+        """
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 

@@ -29,8 +29,8 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # A broker confirms an event when all replicas that are up to date have it. The topic's setting min.insync.replicas
-    # says how many these must be; with fewer the broker refuses the event for now, and the library tries again.
+    # A broker confirms an event when all replicas that are up to date have it. For example, with three replicas, one of
+    # them down: when the other two have it. (A setting of the topic, min.insync.replicas, says how many it takes.)
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
@@ -48,7 +48,7 @@ MAX_UNCONFIRMED = 10_000
 def main():
     args = parse_arguments()
     # Three helpers. In the lesson only report matters: its on_delivery() is told what became of each event.
-    run = Run(args.log_file)  # Writes to the log file and the terminal, and knows whether to go on.
+    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
     with refusals_told():  # If the library refuses a setting, that ends the program.
@@ -69,7 +69,7 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and not run.stopped:  # By a failure or Ctrl-C.
+        while made < args.count and not run.stopped:
             due = start + made * args.interval  # When to make the next event.
             too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
@@ -90,7 +90,7 @@ def main():
     finally:
         # To end now could lose events that are still unconfirmed. So wait until each has its delivery report: for two
         # minutes at most (delivery.timeout.ms), and after Ctrl-C for five seconds. In a simple program call
-        # producer.flush() here. This does the same, but also after a fatal error, where flush() raises an exception.
+        # producer.flush() instead. (We don't, because flush() raises an exception after a fatal error.)
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered  # Also one that produce() refused, which gets no report.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -100,8 +100,8 @@ def main():
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this function and, in main(), the line "key = ...". For example, to send a file that
-    has a column user_id:
+    For data of your own replace this function and, in main(), the line "key = ...". For example, put these lines in its
+    place to send a file that has a column user_id:
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
@@ -146,7 +146,8 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            self.run.stop(exit_status=1)  # main() queues no more: the next one would most likely fail too.
+            # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
+            self.run.stop(exit_status=1)
             # Don't simply pass it to produce() again: the broker may have stored it, and enable.idempotence does not
             # help, since a second produce() gives it a new number. First look whether the topic has it.
             line = f"Failed to deliver to {what}: {error.str()}"
