@@ -56,7 +56,7 @@ def main():
         # other options say.
         consumer = Consumer(SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks)
     tell("Kafka Consumer has been initiated...")
-    show_topics(consumer, args)  # Waits for Kafka, or ends the program if there is no answer.
+    wait_for_kafka(consumer, args)  # Prints which topics there are. Ends the program if there is no answer.
 
     progress = Progress(consumer)  # Saves and stores.
     end = End(consumer, args.exit)  # end.has_come is true after Ctrl-C, or with --exit when all is read.
@@ -123,7 +123,7 @@ def save(results):
     """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
 
     To write to a database instead, let process() return rows, and write them here. If this raises an exception, the
-    program ends, and the next run gets these events again.
+    program ends: close() calls it once more, and if that fails too, the next run gets these events again.
     """
     write_out("\n".join(results))
 
@@ -324,8 +324,11 @@ def refusals_told():
         sys.exit(2)
 
 
-def show_topics(consumer, args):
-    """Prints which topics there are. Ends the program if there is no answer, or no topic where there must be one."""
+def wait_for_kafka(consumer, args):
+    """Waits for Kafka, and prints which topics there are.
+
+    Ends the program if there is no answer, or no topic where there must be one.
+    """
     must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes it.
     problem = None
     give_up_at = time.monotonic() + 30
@@ -378,6 +381,7 @@ def end_within(seconds):
     error = sys.exc_info()[1]  # Python would only print it at the end.
 
     def give_up():
+        threading.Timer(1, os._exit, [1]).start()  # Even if nobody reads standard error.
         if isinstance(error, SystemExit):
             tell(error)
         elif error:
@@ -415,6 +419,8 @@ def properties(path):
             lines = [line.strip() for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{path} is not UTF-8") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
         if not line or line.startswith("#"):

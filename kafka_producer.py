@@ -119,17 +119,12 @@ def registration(fake):
 
 
 class Report:
-    """What became of the events.
-
-    delivered: how many the broker has confirmed.
-    delivered_at: when it has confirmed the last one, in the time of time.monotonic().
-    """
+    """What became of the events. delivered: how many the broker has confirmed."""
 
     def __init__(self, run, quiet):
         self.run = run
         self.quiet = quiet
         self.delivered = 0
-        self.delivered_at = 0
         self.has_failed = False
 
     def on_delivery(self, error, message):
@@ -138,7 +133,6 @@ class Report:
         what = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            self.delivered_at = time.monotonic()
             # The offset can be None if the event was sent again: the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
@@ -164,7 +158,7 @@ MORE_SETTINGS = {
     # twice now and then when another broker took over a partition (librdkafka issue 4953); with one never.
     "max.in.flight.requests.per.connection": 1,
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "statistics.interval.ms": 2_000,  # How often Trouble.on_statistics() is called.
+    "statistics.interval.ms": 5_000,  # How often Trouble.on_statistics() is called.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For the first 33 minutes this
     # makes the library ignore that; later, events fail. More can't be set: from 36 minutes on its arithmetic overflows.
@@ -229,7 +223,7 @@ class Trouble:
     """Prints what goes wrong and is no reason to stop.
 
     hooks: the settings by which the library calls the methods in poll(): when a connection fails, for what it logs, and
-    every two seconds with its statistics.
+    every five seconds with its statistics.
     """
 
     def __init__(self, run, report):
@@ -237,8 +231,7 @@ class Trouble:
         self.run = run
         self.report = report
         self.silent_until = 0
-        self.idle_at = time.monotonic()
-        self.told_at = 0
+        self.delivered_before = None
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
@@ -248,15 +241,11 @@ class Trouble:
             self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
 
     def on_statistics(self, text):
-        """Tells, at most every ten seconds, if events wait and none was confirmed for more than three seconds."""
+        """Tells if events waited last time, wait now, and none was confirmed in between."""
         unconfirmed = json.loads(text)["msg_cnt"]
-        now = time.monotonic()
-        if unconfirmed == 0:
-            self.idle_at = now
-        waiting_since = max(self.idle_at, self.report.delivered_at)
-        if now > waiting_since + 3 and now > self.told_at + 10:
-            self.told_at = now
+        if unconfirmed and self.delivered_before == self.report.delivered:
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
+        self.delivered_before = self.report.delivered if unconfirmed else None
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
@@ -341,6 +330,8 @@ def properties(path):
             lines = [line.strip() for line in file]
     except OSError as error:
         raise argparse.ArgumentTypeError(error) from None
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{path} is not UTF-8") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
         if not line or line.startswith("#"):

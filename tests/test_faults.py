@@ -94,6 +94,7 @@ def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     print(f"broker paused after {len(producer.lines) - 1} deliveries")
     try:
         end = time.monotonic() + 20
+        producer.wait_for_stderr("Waiting for the delivery reports of ", limit=12)
         wait_until(lambda: time.monotonic() > end, "the end of the pause", limit=21)
         assert producer.process.poll() is None
     finally:
