@@ -35,15 +35,15 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never.
-# For speed, we save and store several events at once: those of a millisecond, or until none is waiting.
+# For speed, we save and store several events at once: when no event is waiting, or every millisecond.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library stores the offset (step 4) as soon as it hands us the event (step 1). If a commit follows,
-    # and we are killed before the event is saved, no run sees it again. So we store it ourselves, after step 3.
+    # By default the library notes an event as done (step 4) when it hands it to us (step 1). If a commit follows, and
+    # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -74,32 +74,25 @@ def main():
             assign_partitions(consumer, args.topic, args.from_offset)  # Reads without the group, and commits nothing.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
-            message = next_message(consumer, progress)  # Calls consumer.poll().
+            message = consumer.poll(0)  # Step 1. The library reads ahead: take an event that is already here.
+            if message is None:  # There is none. So save and store now (steps 3 and 4), and only then wait for one.
+                progress.save_and_store()
+                message = consumer.poll(0.5)
             if message is None:  # No event for half a second.
                 end.look()  # Is all read?
-                continue
-            if message.error():  # Not an event but a problem; with --exit also the end of a partition.
+            elif message.error():  # Not an event but a problem. With --exit, the end of a partition comes here too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
-                continue
-            result = process(message, args.verbose)
-            progress.add(message, result)  # Also saves and stores, after a millisecond.
-            processed += 1
+            else:
+                result = process(message, args.verbose)  # Step 2.
+                progress.add(message, result)  # While events are waiting, this does steps 3 and 4 every millisecond.
+                processed += 1
         progress.save_and_store()
         tell(f"Printed {processed} events. Closing.")
     finally:
         end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
-        # Also after an exception: this calls on_revoke(), commits what is stored, and leaves the group.
+        # Step 5. Also after an exception: this calls on_revoke(), commits what is stored, and leaves the group.
         consumer.close()
     sys.exit(1 if trouble.commit_failed else 0)
-
-
-def next_message(consumer, progress):
-    """Returns the next Message, or None if there is none for half a second."""
-    message = consumer.poll(0)  # An event that is here already, since the library reads ahead.
-    if message is None:  # There is none: a good moment to save. Then wait for one.
-        progress.save_and_store()
-        message = consumer.poll(0.5)
-    return message
 
 
 def process(message, verbose):
@@ -176,7 +169,7 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """Instead of on_revoke(), if the group has not heard from us for 45 seconds or process() took five minutes: now
-        others have our partitions, and it is too late for a commit.
+        others have our partitions, and it is too late for a commit. What is unsaved is saved as usual.
         """
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
@@ -216,8 +209,8 @@ class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: a set of TopicPartitions, those that are read to the end.
-    idle: how often in a row look() found no partitions; next_message() takes half a second each time. A clock would
-    also count the time when there was no need to look.
+    idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
+    the time when there was no need to look.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):

@@ -29,8 +29,8 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # A broker confirms an event when all replicas that are up to date have it. For example, with three replicas, one of
-    # them down: when the other two have it. (A setting of the topic, min.insync.replicas, says how many it takes.)
+    # A broker confirms an event when all replicas that are up to date have it; one that is down is not waited for. If
+    # fewer than min.insync.replicas, a setting of the topic, are up to date, the broker refuses the event.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
@@ -69,7 +69,7 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and not run.stopped:
+        while made < args.count and not run.stopped:  # Each round either waits or makes one event.
             due = start + made * args.interval  # When to make the next event.
             too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
@@ -88,9 +88,9 @@ def main():
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # To end now could lose events that are still unconfirmed. So wait until each has its delivery report: for two
-        # minutes at most (delivery.timeout.ms), and after Ctrl-C for five seconds. In a simple program call
-        # producer.flush() instead. (We don't, because flush() raises an exception after a fatal error.)
+        # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
+        # (delivery.timeout.ms), after Ctrl-C five seconds. In a simple program call producer.flush() instead.
+        # (We don't, because after a fatal error it raises an exception.)
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered  # Also one that produce() refused, which gets no report.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -142,8 +142,8 @@ class Report:
         else:
             # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
             self.run.stop(exit_status=1)
-            # Don't simply pass it to produce() again: the broker may have stored it, and enable.idempotence does not
-            # help, since a second produce() gives it a new number. First look whether the topic has it.
+            # Before you pass it to produce() again, look whether the topic has it: the broker may have stored it. By
+            # its number (enable.idempotence) it only recognizes what the library itself sends again.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
