@@ -35,7 +35,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never.
-# For speed, we save and store several events at once: when no event is waiting, or every millisecond.
+# For speed, we save and store several events at once: when no more are waiting, or when a millisecond has passed.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -74,23 +74,23 @@ def main():
             assign_partitions(consumer, args.topic, args.from_offset)  # Reads without the group, and commits nothing.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
-            message = consumer.poll(0)  # Step 1. The library reads ahead: take an event that is already here.
-            if message is None:  # There is none. So save and store now (steps 3 and 4), and only then wait for one.
-                progress.save_and_store()
-                message = consumer.poll(0.5)
-            if message is None:  # No event for half a second.
+            message = consumer.poll(0)  # Step 1: take an event that is here already, since the library reads ahead.
+            if message is None:
+                progress.save_and_store()  # Steps 3 and 4: none is here, so there is time for them.
+                message = consumer.poll(0.5)  # Step 1 again: now wait for one.
+            if message is None:  # None has come for half a second.
                 end.look()  # Is all read?
             elif message.error():  # Not an event but a problem. With --exit, the end of a partition comes here too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:
                 result = process(message, args.verbose)  # Step 2.
-                progress.add(message, result)  # While events are waiting, this does steps 3 and 4 every millisecond.
+                progress.add(message, result)  # If a millisecond has passed, this also does steps 3 and 4.
                 processed += 1
         progress.save_and_store()
         tell(f"Printed {processed} events. Closing.")
     finally:
         end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
-        # Step 5. Also after an exception: this calls on_revoke(), commits what is stored, and leaves the group.
+        # Step 5. In a group this calls on_revoke(), commits what is stored, and leaves the group.
         consumer.close()
     sys.exit(1 if trouble.commit_failed else 0)
 
@@ -116,7 +116,7 @@ def save(results):
     """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
 
     To write to a database instead, let process() return rows, and write them here. If this raises an exception, the
-    program ends: close() calls it once more, and if that fails too, the next run gets these events again.
+    program ends, and the next run gets these events again.
     """
     write_out("\n".join(results))
 
@@ -146,14 +146,17 @@ class Progress:
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        if self.unsaved:
-            save(self.unsaved)
-            self.unsaved = []
-        for message in self.unstored.values():
-            # Refused if the partition is no longer ours, and rightly so: its next consumer gets these events again.
+        results = self.unsaved
+        last_messages = self.unstored.values()
+        # If save() raises an exception, close() comes here again. Then these must not be stored, nor saved twice.
+        self.unsaved = []
+        self.unstored = {}
+        if results:
+            save(results)
+        for message in last_messages:
+            # The library refuses this if the partition is no longer ours: its next consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
-        self.unstored = {}
         self.save_at = time.monotonic() + 0.001
 
     def on_assign(self, consumer, partitions):
@@ -168,8 +171,9 @@ class Progress:
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """Instead of on_revoke(), if the group has not heard from us for 45 seconds or process() took five minutes: now
-        others have our partitions, and it is too late for a commit. What is unsaved is saved as usual.
+        """Called instead of on_revoke() when it is too late for a commit: the group has not heard from us for 45
+        seconds, or process() took five minutes, and others have our partitions. The next save_and_store() still saves
+        what is unsaved, but the library refuses its offsets, so these events are processed twice.
         """
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")

@@ -29,8 +29,9 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # A broker confirms an event when all replicas that are up to date have it; one that is down is not waited for. If
-    # fewer than min.insync.replicas, a setting of the topic, are up to date, the broker refuses the event.
+    # A broker confirms an event when all replicas that have kept up with it have the event too; one that is down is not
+    # waited for. If too few have kept up (min.insync.replicas, a setting of the topic), the broker refuses the event,
+    # and the library tries again.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
@@ -47,7 +48,7 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
-    # Three helpers. In the lesson only report matters: its on_delivery() is told what became of each event.
+    # Three helpers. The lesson shows only report: its on_delivery() is told what became of each event.
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
@@ -133,7 +134,7 @@ class Report:
         what = f"topic {message.topic()} with value of {value}"
         if error is None:
             self.delivered += 1
-            # The offset can be None if the event was sent again: the broker may only say that it has it already.
+            # The offset can be None if the event was sent again: then the broker may only say that it has it already.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
             self.run.log(line)
@@ -142,8 +143,8 @@ class Report:
         else:
             # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
             self.run.stop(exit_status=1)
-            # Before you pass it to produce() again, look whether the topic has it: the broker may have stored it. By
-            # its number (enable.idempotence) it only recognizes what the library itself sends again.
+            # Failed may still mean stored. If you pass the event to produce() again, it gets a new number, so that the
+            # broker takes it for a new event. So look into the topic first, or let consumers skip what they have seen.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
