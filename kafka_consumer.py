@@ -86,12 +86,13 @@ def main():
                 result = process(message, args.verbose)  # Step 2.
                 progress.add(message, result)  # If a millisecond has passed, this also does steps 3 and 4.
                 processed += 1
-        progress.save_and_store()
-        tell(f"Printed {processed} events. Closing.")
     finally:
         end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
-        # Step 5. In a group this calls on_revoke(), commits what is stored, and leaves the group.
-        consumer.close()
+        try:
+            progress.save_and_store()  # The last events, also after an exception.
+            tell(f"Printed {processed} events. Closing.")
+        finally:
+            consumer.close()  # Step 5, the last commit. Also leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -101,9 +102,10 @@ def process(message, verbose):
     message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
     the dict that was sent.
 
-    An event may come twice, so write it to a database under a unique id. If process() raises an exception, the program
-    ends, and the next run begins with the same event. So catch what a bad event can cause, or no run gets past it. If
-    it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
+    An event may come twice, so write it to a database under a unique id: its topic, partition and offset. If process()
+    raises an exception, the program ends, and the next run begins with the same event. So catch what a bad event can
+    cause, or no run gets past it. If it takes more than five minutes (max.poll.interval.ms), another consumer gets our
+    partitions.
     """
     line = printable(message.value())
     if verbose:
@@ -148,7 +150,7 @@ class Progress:
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         results = self.unsaved
         last_messages = self.unstored.values()
-        # If save() raises an exception, close() comes here again. Then these must not be stored, nor saved twice.
+        # If save() raises an exception, main() comes here again. Then these must not be stored, nor saved twice.
         self.unsaved = []
         self.unstored = {}
         if results:
@@ -172,9 +174,9 @@ class Progress:
 
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when it is too late for a commit: the group has not heard from us for 45
-        seconds, or process() took five minutes, and others have our partitions. The next save_and_store() still saves
-        what is unsaved, but the library refuses its offsets, so these events are processed twice.
+        seconds, or process() took five minutes, and others have our partitions. They process these events again.
         """
+        self.unstored = {}  # So don't store their offsets. What is unsaved is still saved, the next time.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 

@@ -40,7 +40,7 @@ SETTINGS = {
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
     # can write to one topic. An event without a key goes to a random partition.
     "partitioner": "murmur2_random",
-}  # MORE_SETTINGS, below the lesson, holds those for networks and for the memory.
+}  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
 # At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
 # program is killed, these events may be lost.
 MAX_UNCONFIRMED = 10_000
