@@ -4,7 +4,6 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
-import atexit
 import contextlib
 import logging
 import os
@@ -35,7 +34,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never.
-# For speed, we save and store several events at once: when no more are waiting, or when a millisecond has passed.
+# For speed, we save and store several events at once: when no more are waiting, or when SAVE_AFTER has passed.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -46,6 +45,7 @@ SETTINGS = {
     # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
+SAVE_AFTER = 0.001  # Seconds. As long as events are waiting, save and store after this time. For a database take more.
 
 
 def main():
@@ -84,7 +84,7 @@ def main():
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:
                 result = process(message, args.verbose)  # Step 2.
-                progress.add(message, result)  # If a millisecond has passed, this also does steps 3 and 4.
+                progress.add(message, result)  # If SAVE_AFTER has passed, this also does steps 3 and 4.
                 processed += 1
     finally:
         end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
@@ -97,10 +97,10 @@ def main():
 
 
 def process(message, verbose):
-    """Returns what is to be saved of one event: here the line to print. For your own use replace this and save().
+    """Returns what is to be saved of one event, here the line to print; None if nothing is to be saved.
 
-    message.value() is bytes, or None for an event without a value. With import json, json.loads(message.value()) gives
-    the dict that was sent.
+    For your own use replace this and save(). message.value() is bytes, or None for an event without a value. With
+    import json, json.loads(message.value()) gives the dict that was sent.
 
     An event may come twice, so write it to a database under a unique id: its topic, partition and offset. If process()
     raises an exception, the program ends, and the next run begins with the same event. So catch what a bad event can
@@ -136,30 +136,32 @@ class Progress:
         self.consumer = consumer
         self.unsaved = []
         self.unstored = {}
-        self.save_at = time.monotonic() + 0.001
+        self.save_at = time.monotonic() + SAVE_AFTER
         self.ours = set()
 
     def add(self, message, result):
         """Notes that an event is processed, and saves and stores now and then."""
-        self.unsaved.append(result)
+        if result is not None:
+            self.unsaved.append(result)
         self.unstored[message.topic(), message.partition()] = message
-        if time.monotonic() > self.save_at:  # A millisecond after the last time.
+        if time.monotonic() > self.save_at:
             self.save_and_store()
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         results = self.unsaved
         last_messages = self.unstored.values()
-        # If save() raises an exception, main() comes here again. Then these must not be stored, nor saved twice.
+        # Empty both first. If save() raises an exception, main() calls this method once more at the end. It must find
+        # nothing then, or it would store the offsets of events that are not saved.
         self.unsaved = []
         self.unstored = {}
         if results:
             save(results)
         for message in last_messages:
-            # The library refuses this if the partition is no longer ours: its next consumer gets these events again.
+            # Refused if the partition is no longer ours (see on_lost): its next consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
-        self.save_at = time.monotonic() + 0.001
+        self.save_at = time.monotonic() + SAVE_AFTER
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
@@ -173,10 +175,10 @@ class Progress:
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """Called instead of on_revoke() when it is too late for a commit: the group has not heard from us for 45
-        seconds, or process() took five minutes, and others have our partitions. They process these events again.
+        """Called instead of on_revoke() when others have our partitions already, because the group heard nothing from
+        us for 45 seconds or process() took five minutes. It is too late for a commit.
         """
-        self.unstored = {}  # So don't store their offsets. What is unsaved is still saved, the next time.
+        self.unstored = {}  # What is unsaved is saved later all the same, but the others process these events too.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -308,8 +310,8 @@ def write_out(text):
     try:
         print(text, flush=True)
     except OSError as error:
-        # At the very end Python tries to write the rest, and would complain.
-        atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # What Python still has to write is discarded, or it would complain at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 

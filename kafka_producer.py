@@ -29,9 +29,9 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # A broker confirms an event when all replicas that have kept up with it have the event too; one that is down is not
-    # waited for. If too few have kept up (min.insync.replicas, a setting of the topic), the broker refuses the event,
-    # and the library tries again.
+    # Replicas copy from the broker in charge, and some may lag behind or be down. It confirms an event when all that
+    # are up to date have it. The topic's setting min.insync.replicas says how many must be up to date; with fewer the
+    # broker refuses the event, and the library tries again.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
@@ -41,8 +41,8 @@ SETTINGS = {
     # can write to one topic. An event without a key goes to a random partition.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
-# At most this many events wait in memory for their confirmation; then main() pauses until some are confirmed. If the
-# program is killed, these events may be lost.
+# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. (With
+# more than the library has room for, produce() would raise BufferError.) If the program is killed, they may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
@@ -101,8 +101,8 @@ def main():
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this function and, in main(), the line "key = ...". For example, put these lines in its
-    place to send a file that has a column user_id:
+    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
+    example, put these lines in its place to send a file that has a column user_id:
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
@@ -143,8 +143,8 @@ class Report:
         else:
             # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
             self.run.stop(exit_status=1)
-            # Failed may still mean stored. If you pass the event to produce() again, it gets a new number, so that the
-            # broker takes it for a new event. So look into the topic first, or let consumers skip what they have seen.
+            # A failed event may be stored all the same. To pass it to produce() again can store it twice: for the
+            # broker that is a new event, in spite of idempotence. So look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
