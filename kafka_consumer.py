@@ -104,8 +104,8 @@ def process(message, verbose):
 
     An event may come twice, so write it to a database under a unique id: its topic, partition and offset. If process()
     raises an exception, the program ends, and the next run begins with the same event. So catch what a bad event can
-    cause, or no run gets past it. If it takes more than five minutes (max.poll.interval.ms), another consumer gets our
-    partitions.
+    cause, or no run gets past it. If one event takes more than five minutes (max.poll.interval.ms), another consumer
+    gets our partitions.
     """
     line = printable(message.value())
     if verbose:
@@ -158,7 +158,8 @@ class Progress:
         if results:
             save(results)
         for message in last_messages:
-            # Refused if the partition is no longer ours (see on_lost): its next consumer gets these events again.
+            # Refused if we have lost the partition while we were busy, and hear of it only in the next poll(). That is
+            # fine: its next consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.save_at = time.monotonic() + SAVE_AFTER

@@ -29,9 +29,9 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # Replicas copy from the broker in charge, and some may lag behind or be down. It confirms an event when all that
-    # are up to date have it. The topic's setting min.insync.replicas says how many must be up to date; with fewer the
-    # broker refuses the event, and the library tries again.
+    # The broker in charge confirms an event when every replica that is up to date has it. Those that lag behind or are
+    # down don't count. How many must be up to date is set in the topic: min.insync.replicas. With fewer, the broker
+    # refuses the event, and the library tries again.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
     # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
@@ -41,8 +41,8 @@ SETTINGS = {
     # can write to one topic. An event without a key goes to a random partition.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
-# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. (With
-# more than the library has room for, produce() would raise BufferError.) If the program is killed, they may be lost.
+# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. If the
+# program is killed, these events may be lost. (Without a limit of ours, produce() would raise BufferError at last.)
 MAX_UNCONFIRMED = 10_000
 
 
