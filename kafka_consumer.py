@@ -78,16 +78,17 @@ def main():
             if message is None:
                 progress.save_and_store()  # Steps 3 and 4: none is here, so there is time for them.
                 message = consumer.poll(0.5)  # Step 1 again: now wait for one.
-            if message is None:  # None has come for half a second.
+            # Now there are three cases: no message has come for half a second, or a problem, or an event.
+            if message is None:
                 end.look()  # Is all read?
-            elif message.error():  # Not an event but a problem. With --exit, the end of a partition comes here too.
+            elif message.error():  # With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:
                 result = process(message, args.verbose)  # Step 2.
                 progress.add(message, result)  # If SAVE_AFTER has passed, this also does steps 3 and 4.
                 processed += 1
     finally:
-        end_within(8)  # Seconds. Without a broker, close() could take 45, and docker stop kills after ten.
+        end_within(8)  # Ends the program after eight seconds. Without a broker, close() alone could take 45.
         try:
             progress.save_and_store()  # The last events, also after an exception.
             tell(f"Printed {processed} events. Closing.")
@@ -118,7 +119,8 @@ def save(results):
     """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
 
     To write to a database instead, let process() return rows, and write them here. If this raises an exception, the
-    program ends, and the next run gets these events again.
+    program ends, and the next run gets these events again. At the end it has only a few seconds, since main() allows
+    eight for saving and closing.
     """
     write_out("\n".join(results))
 
@@ -179,7 +181,7 @@ class Progress:
         """Called instead of on_revoke() when others have our partitions already, because the group heard nothing from
         us for 45 seconds or process() took five minutes. It is too late for a commit.
         """
-        self.unstored = {}  # What is unsaved is saved later all the same, but the others process these events too.
+        self.unstored = {}  # What is unsaved is saved all the same, and by the others too: better twice than never.
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 

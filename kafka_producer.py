@@ -103,7 +103,7 @@ def registration(fake):
 
     For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
     example, put these lines in its place to send a file that has a column user_id:
-        rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8"))  # With "import csv" at the top.
+        rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8-sig"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
     Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file.
