@@ -71,7 +71,7 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # Reads without the group, and commits nothing.
+            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group; enable.auto.commit is off.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
             message = consumer.poll(0)  # Step 1: take an event that is here already, since the library reads ahead.
