@@ -50,7 +50,7 @@ SAVE_AFTER = 0.001  # Seconds. As long as events are waiting, save and store aft
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Tells when connections or commits fail.
+    trouble = Trouble()  # Tells when connections or commits fail. trouble.hooks: the settings by which it is called.
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # Consumer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
         # other options say.
@@ -151,15 +151,15 @@ class Progress:
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        results = self.unsaved
-        last_messages = self.unstored.values()
+        unsaved = self.unsaved
+        unstored = self.unstored
         # Empty both first. If save() raises an exception, main() calls this method once more at the end. It must find
         # nothing then, or it would store the offsets of events that are not saved.
         self.unsaved = []
         self.unstored = {}
-        if results:
-            save(results)
-        for message in last_messages:
+        if unsaved:
+            save(unsaved)
+        for message in unstored.values():
             # Refused if we have lost the partition while we were busy, and hear of it only in the next poll(). That is
             # fine: its next consumer gets these events again.
             with contextlib.suppress(KafkaException):

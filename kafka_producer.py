@@ -51,7 +51,8 @@ def main():
     # Three helpers. The lesson shows only report: its on_delivery() is told what became of each event.
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)
-    trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
+    # Tells when connections fail, or events wait too long. trouble.hooks: the settings by which it is called.
+    trouble = Trouble(run, report)
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # Producer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
         # --bootstrap-servers say.

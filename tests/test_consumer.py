@@ -33,6 +33,14 @@ def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled,
     assert numbers(again.lines) == [5, 6, 7, 8, 9]
 
 
+def test_events_of_which_nothing_is_to_be_saved(scripts, cluster, filled, group):
+    mine = consumer_with(scripts.folder, "    if message.offset() < 5 or message.offset() == 9:\n        return None\n")
+    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]
+    shown = subprocess.check_output(command, cwd=scripts.folder, text=True, timeout=LIMIT)
+    assert numbers(shown.splitlines()) == [5, 6, 7, 8]
+    assert committed(cluster, filled, group) == 10
+
+
 @pytest.mark.parametrize(("failures", "expected"), [(0, 10), (1, 0), (9, 0)])
 def test_offsets_are_stored_when_a_batch_is_saved(scripts, cluster, filled, group, failures, expected):
     """If our own save() fails, even once, the events come again."""

@@ -202,7 +202,7 @@ def test_configurations_that_are_refused(scripts, topic, content, named):
 # Properties that do not make a broker unreachable, which takes 30 seconds to tell.
 PROPERTIES = ["acks", "auto.offset.reset", "batch.size", "client.id", "client.rack", "compression.type", "debug"]
 PROPERTIES += ["default.topic.config", "delivery.timeout.ms", "enable.auto.commit", "enable.idempotence"]
-PROPERTIES += ["error_cb", "fetch.min.bytes", "group.protocol", "heartbeat.interval.ms"]
+PROPERTIES += ["enable.partition.eof", "error_cb", "fetch.min.bytes", "group.protocol", "heartbeat.interval.ms"]
 PROPERTIES += ["isolation.level", "key.serializer", "linger.ms", "log_level", "logger", "on_delivery", "partitioner"]
 PROPERTIES += ["partition.assignment.strategy", "plugin.library.paths", "queue.buffering.max.messages", "retries"]
 PROPERTIES += ["sasl.mechanism", "sasl.password", "session.timeout.ms", "ssl.ca.location", "ssl.key.password"]
