@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,7 @@ MARK = f"test-{uuid.uuid4().hex[:8]}"
 
 # Seconds after which a test gives up waiting, on a machine however busy; where less is promised, a test says so.
 LIMIT = 60
-INTERVAL = 0.02  # Seconds from one look to the next.
+INTERVAL = 0.05  # Seconds from one look to the next.
 # The files whose tests start clusters of their own, those that take longest first: whichever came last would keep one
 # worker busy after all others.
 OWN_CLUSTERS = ["test_readme", "test_consumer_faults", "test_absent_broker", "test_faults", "test_brokers"]
@@ -49,6 +50,20 @@ IDLE = "test_exit_when_others_of_the_group_have_all_partitions"
 def pytest_collection_modifyitems(items):
     """Called by pytest with the tests in the order in which they are to run."""
     items.sort(key=lambda item: (item.originalname != IDLE, [*OWN_CLUSTERS, item.path.stem].index(item.path.stem)))
+
+
+def pytest_assertrepr_compare(op, left, right):
+    """Called by pytest when a comparison fails: says where long lists differ, since in CI pytest shows them whole."""
+    if op != "==" or not isinstance(left, list) or not isinstance(right, list) or len(left) + len(right) < 100:
+        return None
+    pairs = itertools.zip_longest(left, right)
+    place = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    sizes = " and ".join(f"{len(items)} items, {len(set(map(str, items)))} of them distinct" for items in (left, right))
+    return [
+        f"equal lists ({sizes})",
+        f"from item {place} on: {left[place : place + 2]} and {right[place : place + 2]}",
+        f"at the end: {left[-2:]} and {right[-2:]}",
+    ]
 
 
 class Distribution(LoadScopeScheduling):
@@ -266,9 +281,9 @@ def shared_cluster(pytestconfig):
         delete_topics_and_groups(cluster, MARK)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def breakable_cluster():
-    """breakable_cluster(compose_file): the one that tests marked with breaks_cluster share, started by the first."""
+    """breakable_cluster(compose_file): the one that a file's tests marked with breaks_cluster share."""
     settings = {
         # A killed broker can't start again as long as its session with ZooKeeper lives, which is two ticks at least.
         "zookeeper.session.timeout.ms": "2000",
@@ -290,8 +305,8 @@ def cluster(request):
     """The cluster of this test.
 
     Tests share one and leave it as it is, but for topics and groups of their own. Those that are marked with
-    breaks_cluster, or breaks_cluster(compose_file), share another, and may stop, kill and pause what they like; what is
-    down after a test is started again. "Share" means the tests of one test process: each xdist worker has its own.
+    breaks_cluster, or breaks_cluster(compose_file), share another within their file, and may stop, kill and pause what
+    they like; what is down after a test is started again.
     """
     breaks = request.node.get_closest_marker("breaks_cluster")
     if not breaks:

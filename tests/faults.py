@@ -1,15 +1,19 @@
 """What the fault tests share: random moments, what the log and the topic say, and whether they agree."""
 
+import json
 import os
 import random
 import re
 
 from conftest import read_topic
+from faker import Factory
+
+from kafka_producer import registration
 
 # Which moments are taken; a failed test shows it, and FAULT_SEED=... takes the same ones again.
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(1_000_000)))
 
-# A producer with these options makes the same people as another one.
+# A producer with these options makes the people of order_of_people().
 SAME_PEOPLE = ("--seed", SEED)
 
 
@@ -73,11 +77,12 @@ def person(value):
     return value.partition(', "signup_at"')[0]
 
 
-def order_of_people(scripts, cluster, topic, count, same_people=SAME_PEOPLE):
-    """Has the same people made while all is well, which warms the broker too; returns {person: number}."""
-    producer = scripts.producer("-t", topic, "-c", count, "-i", 0, "-q", "--log-file", "calm.log", *same_people)
-    assert producer.wait(60) == 0
-    order = {person(record.value.decode()): number for number, record in enumerate(read_topic(cluster, topic))}
+def order_of_people(count, seed=SEED):
+    """Makes the same people as a producer with this seed; returns {person: number}."""
+    fake = Factory.create(use_weighting=False)
+    fake.seed_instance(seed)
+    made = (json.dumps(registration(fake), ensure_ascii=False) for _ in range(count))
+    order = {person(value): number for number, value in enumerate(made)}
     assert len(order) == count
     return order
 

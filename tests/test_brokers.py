@@ -49,7 +49,7 @@ def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions)
     create_topic(cluster, topic, replicas=3)
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_stderr("Got partitions")
-    order = order_of_people(scripts, cluster, f"{topic}-calm", 8_000)
+    order = order_of_people(8_000)
     wait_for_copies(partitions, topic, "__consumer_offsets")
     leader = cluster.brokers[partitions(topic)[0].leader - 1]
     producer = scripts.producer("-t", topic, "-c", 8_000, "-i", 0, *SAME_PEOPLE)
@@ -87,6 +87,7 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
     assert_all_printed(scripts, consumer, cluster, topic)
 
 
+@pytest.mark.long
 def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     """The third takes no events alone; when another one is back, the producer goes on."""
     create_topic(cluster, topic, replicas=3)

@@ -44,7 +44,8 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     assert twice == 0 or age < 5 + 1
 
 
-def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, moments):
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.long)])
+def test_broker_killed_while_consuming(scripts, cluster, topic, group, moments, times):
     """At full speed, with the settings as they are: everything is printed, and nothing twice."""
     create_topic(cluster, topic)
     values = [event.decode() for event in numbered(100_000)]
@@ -52,7 +53,7 @@ def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, mom
     # Small requests, so that reading takes a while.
     scripts.folder.joinpath("small").write_text("fetch.message.max.bytes=1000\nqueued.min.messages=100\n")
     consumer = scripts.consumer("-t", topic, "-G", group, "-F", "small")
-    for _ in range(2):
+    for _ in range(times):
         consumer.wait_for_lines(len(consumer.lines) + moments.randint(500, 20_000))
         cluster.brokers[0].kill()
         print(f"broker killed after {len(consumer.lines)} events")
@@ -64,6 +65,7 @@ def test_broker_killed_twice_while_consuming(scripts, cluster, topic, group, mom
     assert consumer.lines == values
 
 
+@pytest.mark.long
 def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     """What comes after it is printed within three seconds."""
     create_topic(cluster, topic)
@@ -106,7 +108,7 @@ def test_damaged_events(scripts, cluster, topic, group):
     assert consumer.lines == []
 
 
-@pytest.mark.parametrize("strategy", ["cooperative-sticky", "range"])
+@pytest.mark.parametrize("strategy", ["range", pytest.param("cooperative-sticky", marks=pytest.mark.long)])
 def test_another_consumer_joins_in_mid_run(scripts, cluster, topic, group, strategy):
     """All events are printed, by one or the other."""
     create_topic(cluster, topic, partitions=4)

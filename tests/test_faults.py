@@ -49,7 +49,7 @@ def test_broker_killed_and_back_while_producing(scripts, cluster, topic, moments
         create_topic(cluster, name, partitions=4)
         scripts.log.unlink(missing_ok=True)
         print(f"round {number}: ", end="")
-        order = order_of_people(scripts, cluster, f"{name}-calm", 5000)
+        order = order_of_people(5000)
         producer = kill_in_the_middle(scripts, cluster, name, moments)
         assert_all_there_once(scripts, producer, cluster, name, order, partitions=4)
         assert_only_outages(producer)
@@ -84,7 +84,7 @@ def test_broker_killed_and_never_back(scripts, cluster, topic, moments):
 
 def test_broker_hangs_for_20_seconds(scripts, cluster, topic, moments):
     create_topic(cluster, topic, partitions=4)
-    order = order_of_people(scripts, cluster, f"{topic}-calm", 5000)
+    order = order_of_people(5000)
     # The library notices after this time, and sends again what the broker then finds in the old connection too.
     scripts.folder.joinpath("short").write_text("socket.timeout.ms=5000\n")
     producer = scripts.producer("-t", topic, "-c", 5000, "-i", 0, "-F", "short", *SAME_PEOPLE)

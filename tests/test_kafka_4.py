@@ -59,7 +59,7 @@ def test_two_terminals_and_the_log(scripts, cluster, topic, group):
     assert committed(cluster, topic, group) == 10
 
 
-@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+@pytest.mark.parametrize("protocol", [pytest.param("classic", marks=pytest.mark.long), "consumer"])
 def test_another_consumer_joins_and_leaves_in_mid_run(scripts, consumer, cluster, topic, group, protocol):
     """All events are printed, by one or the other, and what they say of their partitions is true."""
     create_topic(cluster, topic, partitions=4)
@@ -98,10 +98,11 @@ def test_exit_when_the_other_consumer_has_all_partitions(consumer, cluster, topi
     assert first.end() == 0
 
 
+@pytest.mark.long
 def test_broker_killed_and_back_in_mid_run(scripts, consumer, cluster, topic, group, request):
     """The topic, the log, the terminal and consumers with either protocol have every event once."""
     moments = random_moments(request.node.name)
-    order = order_of_people(scripts, cluster, f"{topic}-calm", 4000)
+    order = order_of_people(4000)
     create_topic(cluster, topic)
     consumers = [consumer(protocol, "-t", topic, "-G", group + protocol) for protocol in ("classic", "consumer")]
     producer = scripts.producer("-t", topic, "-c", len(order), "-i", 0, *SAME_PEOPLE)

@@ -114,6 +114,7 @@ def test_stop_and_start_one(compose_file, cluster):
     )
 
 
+@pytest.mark.long
 def test_a_killed_broker_is_started_again(cluster, topic):
     (broker,) = cluster.brokers
     create_topic(cluster, topic)
@@ -193,6 +194,7 @@ def test_a_broker_that_dies_at_its_start(tmp_path):
     assert processes_of(tmp_path) == []
 
 
+@pytest.mark.long
 def test_what_an_earlier_start_has_learned_helps_and_is_no_must(tmp_path):
     cluster = Cluster(copy_with_free_ports(COMPOSE_FILE, tmp_path), tmp_path, learns=True)
     zookeeper = cluster.zookeeper

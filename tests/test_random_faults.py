@@ -55,7 +55,7 @@ def clients(scripts, cluster, topic, group):
 class Clients:
     """Endless producers and consumers of one topic: Scripts that also have `signum`, the signal that has ended them.
 
-    A producer has a log of its own, `log`, and `people`, the options with which another one makes the same people.
+    A producer has a log of its own, `log`, and a `seed` of its own.
     """
 
     def __init__(self, scripts, topic, group):
@@ -64,10 +64,10 @@ class Clients:
 
     def start_producer(self):
         number = len(self.producers)
-        log, people = f"producer-{number}.log", ("--seed", SEED + 1_000_000 * (number + 1))
-        options = ("-t", self.topic, "-c", 0, "-i", INTERVAL, "-q", "--log-file", log, *people)
+        log, seed = f"producer-{number}.log", SEED + 1_000_000 * (number + 1)
+        options = ("-t", self.topic, "-c", 0, "-i", INTERVAL, "-q", "--log-file", log, "--seed", seed)
         producer = self.scripts.producer(*options)
-        producer.log, producer.people = self.scripts.folder / log, people
+        producer.log, producer.seed = self.scripts.folder / log, seed
         producer.started, producer.signum = time.monotonic(), None
         self.producers.append(producer)
 
@@ -176,7 +176,7 @@ def finish(cluster, clients, tell):
     clients.wait_for_ends()
     events = stored(cluster, clients.topic, PARTITIONS)
     tell(f"{len(events)} events in the topic")
-    wrong = wrong_events(cluster, clients, events)
+    wrong = wrong_events(clients, events)
     values = set(events.values())
     wait_until(lambda: values <= printed(clients) or wrong, f"all events printed by {clients.consumers}", limit=120)
     for client in clients.running():
@@ -197,7 +197,7 @@ def printed(clients):
     return {line for consumer in clients.consumers for line in consumer.lines}
 
 
-def wrong_events(cluster, clients, events):
+def wrong_events(clients, events):
     """Compares what the producers say with what is in the topic."""
     wrong, delivered, failed, makers = [], {}, set(), {}
     places = {value: place for place, value in events.items()}
@@ -211,7 +211,7 @@ def wrong_events(cluster, clients, events):
             delivered[value] = partition, offset
         # It makes an event every INTERVAL seconds, and the first one without waiting.
         most = int((producer.ended - producer.started) / INTERVAL) + 1
-        order = order_of_people(clients.scripts, cluster, f"{producer.log.stem}-calm", most, producer.people)
+        order = order_of_people(most, producer.seed)
         makers |= {made: (producer, number) for made, number in order.items()}
     unplaced = sum(offset is None for _, offset in delivered.values())
     print(f"{len(delivered)} events reported as delivered ({unplaced} without an offset), {len(failed)} as failed")
