@@ -41,8 +41,8 @@ LIMIT = 60
 INTERVAL = 0.05  # Seconds from one look to the next.
 # The files whose tests start clusters of their own, those that take longest first: whichever came last would keep one
 # worker busy after all others.
-OWN_CLUSTERS = ["test_readme", "test_consumer_faults", "test_absent_broker", "test_faults", "test_brokers"]
-OWN_CLUSTERS += ["test_local_cluster", "test_kafka_4", "test_security"]
+OWN_CLUSTERS = ["test_absent_broker", "test_faults", "test_readme", "test_security", "test_consumer_faults"]
+OWN_CLUSTERS += ["test_brokers", "test_local_cluster", "test_kafka_4"]
 # A test that waits for a minute: so it comes before all others.
 IDLE = "test_exit_when_others_of_the_group_have_all_partitions"
 

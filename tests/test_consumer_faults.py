@@ -20,8 +20,8 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     scripts.folder.joinpath("short").write_text("session.timeout.ms=6000\n")
     consumer = scripts.consumer("-t", topic, "-G", group, "-F", "short")
     # Seven seconds or more, so that there is a commit before the end.
-    producer = scripts.producer("-t", topic, "-c", 10_000, "-i", 0.0007, "-q")
-    consumer.wait_for_lines(moments.randint(8_000, 9_500))
+    producer = scripts.producer("-t", topic, "-c", 5_000, "-i", 0.0014, "-q")
+    consumer.wait_for_lines(moments.randint(4_000, 4_700))
     consumer.process.kill()
     killed = time.time()
     first = len(consumer.wait_for_lines(0))
@@ -29,7 +29,7 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
     assert producer.wait() == 0
     records = read_topic(cluster, topic)
     values = [record.value.decode() for record in records]
-    assert len(values) == 10_000
+    assert len(values) == 5_000
 
     again = scripts.consumer("-t", topic, "-G", group, "-F", "short")
     again.wait_for_lines(len(values) - first)
@@ -48,7 +48,7 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
 def test_broker_killed_while_consuming(scripts, cluster, topic, group, moments, times):
     """At full speed, with the settings as they are: everything is printed, and nothing twice."""
     create_topic(cluster, topic)
-    values = [event.decode() for event in numbered(100_000)]
+    values = [event.decode() for event in numbered(40_000 * times)]
     produce(cluster, topic, values, **{"batch.size": 1000})
     # Small requests, so that reading takes a while.
     scripts.folder.joinpath("small").write_text("fetch.message.max.bytes=1000\nqueued.min.messages=100\n")

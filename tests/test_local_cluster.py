@@ -94,6 +94,7 @@ def test_up_asks_also_when_the_processes_are_there(compose_file, cluster):
         broker.resume()
 
 
+@pytest.mark.long
 def test_stop_and_start_one(compose_file, cluster):
     _, before, _ = run(compose_file, "status")
     assert run(compose_file, "start", "broker")[:2] == (0, "broker answers.\n")  # As it did.
@@ -127,6 +128,7 @@ def test_a_killed_broker_is_started_again(cluster, topic):
     assert len(read_topic(cluster, topic)) == 3
 
 
+@pytest.mark.long
 def test_down_keeps_and_deletes(compose_file, cluster, topic):
     create_topic(cluster, topic)
     produce(cluster, topic, numbered(5))
