@@ -421,10 +421,8 @@ def properties(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{path} is not UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"can't read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
         if not line or line.startswith("#"):
@@ -479,6 +477,8 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
+    if sys.stdout is None:
+        sys.exit("kafka_consumer.py: standard output is closed")
     # In UTF-8, whatever the terminal is set to; and buffered, also with PYTHONUNBUFFERED, which can lose text.
     sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     main()

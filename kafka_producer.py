@@ -26,6 +26,13 @@ from faker import Factory
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
 
+# What happens to an event:
+# 1. produce() puts it into a queue.
+# 2. A thread of the library sends it.
+# 3. When the broker answers, or after two minutes without an answer, the library makes a delivery report: delivered or
+#    failed. Failed means not confirmed; the event may be stored all the same.
+# 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
+
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
@@ -34,7 +41,8 @@ SETTINGS = {
     # refuses the event, and the library tries again.
     "acks": "all",
     # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
-    # each event has a number, by which the broker sees that it has it already. Events stay in order, too.
+    # each event has a number, by which the broker sees that it has it already. Events stay in order, too, unless one
+    # fails.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
@@ -63,11 +71,6 @@ def main():
     run.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(run)
 
-    # 1. produce() puts an event into a queue.
-    # 2. A thread of the library sends it.
-    # 3. When the broker answers, or after two minutes without an answer, the library makes a delivery report: delivered
-    #    or failed. Failed means not confirmed; the event may be stored all the same.
-    # 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
     start = time.monotonic()
     made = 0
     try:
@@ -76,7 +79,7 @@ def main():
             too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Passes on reports, and waits for up to 10 ms.
+                producer.poll(0.01)  # Step 4: passes on reports, and waits for up to 10 ms.
             else:
                 event = registration(fake)
                 if event is None:  # There are no more.
@@ -84,8 +87,8 @@ def main():
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
                 made += 1
-                producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)
-                producer.poll(0)  # Passes on the reports that have come, and does not wait.
+                producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+                producer.poll(0)  # Step 4: passes on the reports that have come, and does not wait.
     except KafkaException as error:
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
@@ -330,10 +333,8 @@ def properties(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(error) from None
-    except UnicodeDecodeError:
-        raise argparse.ArgumentTypeError(f"{path} is not UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"can't read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
         if not line or line.startswith("#"):
@@ -375,5 +376,7 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
+    if sys.stdout is None:
+        sys.exit("kafka_producer.py: standard output is closed")
     sys.stdout.reconfigure(encoding="utf-8")  # Whatever the terminal is set to.
     main()

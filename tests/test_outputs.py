@@ -159,6 +159,15 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
 
 
 @pytest.mark.parametrize("name", ["producer", "consumer"])
+def test_stdout_is_closed(scripts, cluster, filled, name):
+    """Nothing is written to the topic, and no event is taken for printed."""
+    script = getattr(scripts, name)("-t", filled, shell='exec "$@" >&-')
+    assert script.wait() == 1
+    assert script.stderr == f"kafka_{name}.py: standard output is closed\n"
+    assert len(read_topic(cluster, filled)) == 10
+
+
+@pytest.mark.parametrize("name", ["producer", "consumer"])
 def test_a_second_signal_ends_it_when_nobody_reads(scripts, cluster, topic, name):
     """Its output is a pipe that is full."""
     create_topic(cluster, topic)
