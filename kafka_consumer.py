@@ -50,11 +50,12 @@ SAVE_AFTER = 0.001  # Seconds. As long as events are waiting, save and store aft
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Tells when connections or commits fail. trouble.hooks: the settings by which it is called.
+    trouble = Trouble()  # Tells when connections or commits fail.
+    # Consumer(SETTINGS) would do for a start. In a | b, b wins: what --config and options say is in args.settings.
+    # In trouble.hooks are methods that the library calls in poll() and close().
+    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
-        # Consumer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
-        # other options say.
-        consumer = Consumer(SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks)
+        consumer = Consumer(settings)
     tell("Kafka Consumer has been initiated...")
     wait_for_kafka(consumer, args)  # Prints which topics there are. Ends the program if there is no answer.
 
@@ -74,16 +75,15 @@ def main():
             assign_partitions(consumer, args.topic, args.from_offset)  # Without the group; enable.auto.commit is off.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
-            message = consumer.poll(0)  # Step 1: take an event that is here already, since the library reads ahead.
+            message = consumer.poll(0)  # Step 1. Does not wait: the library reads ahead, so often an event is here.
             if message is None:
-                progress.save_and_store()  # Steps 3 and 4: none is here, so there is time for them.
-                message = consumer.poll(0.5)  # Step 1 again: now wait for one.
-            # Now there are three cases: no message has come for half a second, or a problem, or an event.
-            if message is None:
-                end.look()  # Is all read?
-            elif message.error():  # With --exit, the end of a partition is told in this way too.
+                progress.save_and_store()  # Steps 3 and 4, before we wait: nobody knows for how long.
+                message = consumer.poll(0.5)  # Step 1: waits for up to half a second.
+            if message is None:  # Nothing has come.
+                end.look()  # With --exit: is all read?
+            elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
-            else:
+            else:  # An event.
                 result = process(message, args.verbose)  # Step 2.
                 progress.add(message, result)  # If SAVE_AFTER has passed, this also does steps 3 and 4.
                 processed += 1
@@ -91,7 +91,7 @@ def main():
         end_within(8)  # Ends the program after eight seconds. Without a broker, close() alone could take 45.
         try:
             progress.save_and_store()  # The last events, also after an exception.
-            tell(f"Printed {processed} events. Closing.")
+            tell(f"Printed {progress.saved} events. Closing.")
         finally:
             consumer.close()  # Step 5, the last commit. Also leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
@@ -128,6 +128,7 @@ def save(results):
 class Progress:
     """Remembers which events are processed, saves them, and stores their offsets.
 
+    saved: how many results are saved.
     unsaved: a list of what process() returned.
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
@@ -136,6 +137,7 @@ class Progress:
 
     def __init__(self, consumer):
         self.consumer = consumer
+        self.saved = 0
         self.unsaved = []
         self.unstored = {}
         self.save_at = time.monotonic() + SAVE_AFTER
@@ -153,12 +155,13 @@ class Progress:
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
         unsaved = self.unsaved
         unstored = self.unstored
-        # Empty both first. If save() raises an exception, main() calls this method once more at the end. It must find
-        # nothing then, or it would store the offsets of events that are not saved.
+        # Empty both first. If save() raises an exception, main() calls this method once more, in its finally block. It
+        # must find nothing then, or it would store the offsets of events that are not saved.
         self.unsaved = []
         self.unstored = {}
         if unsaved:
             save(unsaved)
+            self.saved += len(unsaved)
         for message in unstored.values():
             # Refused if we have lost the partition while we were busy, and hear of it only in the next poll(). That is
             # fine: its next consumer gets these events again.
@@ -181,7 +184,9 @@ class Progress:
         """Called instead of on_revoke() when others have our partitions already, because the group heard nothing from
         us for 45 seconds or process() took five minutes. It is too late for a commit.
         """
-        self.unstored = {}  # What is unsaved is saved all the same, and by the others too: better twice than never.
+        # Only forget the offsets, so that none is stored if we get a partition back that others have read further. What
+        # is processed is saved all the same, and by the others too: better twice than never.
+        self.unstored = {}
         self.ours.difference_update(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -244,10 +249,12 @@ class End:
     def look(self):
         """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
         ours = set(self.consumer.assignment())
-        self.reached &= ours
-        self.idle = 0 if ours else self.idle + 1
-        if ours and self.reached == ours and self.exit_when_all_is_read:
-            self.has_come = True
+        self.reached &= ours  # Forgets those that a rebalance took away.
+        if ours:
+            self.idle = 0
+            self.has_come = self.has_come or (self.exit_when_all_is_read and self.reached == ours)
+            return
+        self.idle += 1
         if self.idle == 20:
             tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
         if self.idle == 120 and self.exit_when_all_is_read:
@@ -477,8 +484,8 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    if sys.stdout is None:
-        sys.exit("kafka_consumer.py: standard output is closed")
+    if None in (sys.stdout, sys.stderr):
+        sys.exit("kafka_consumer.py: standard output or standard error is closed")
     # In UTF-8, whatever the terminal is set to; and buffered, also with PYTHONUNBUFFERED, which can lose text.
     sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     main()

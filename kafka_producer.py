@@ -49,22 +49,23 @@ SETTINGS = {
     # can write to one topic. An event without a key goes to a random partition.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
-# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. If the
-# program is killed, these events may be lost. (Without a limit of ours, produce() would raise BufferError at last.)
+# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
+# limit the memory could run full. If the program is killed, events that still wait may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
 def main():
     args = parse_arguments()
-    # Three helpers. The lesson shows only report: its on_delivery() is told what became of each event.
-    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
-    report = Report(run, args.quiet)
-    # Tells when connections fail, or events wait too long. trouble.hooks: the settings by which it is called.
-    trouble = Trouble(run, report)
+    # Three helpers. Report is part of the lesson, the others are below it.
+    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: true after a failure or Ctrl-C.
+    report = Report(run, args.quiet)  # Its on_delivery() gets the delivery reports.
+    trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
+
+    # Producer(SETTINGS) would do for a start. In a | b, b wins: what --config and options say is in args.settings.
+    # In trouble.hooks are methods that the library calls in poll().
+    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
-        # Producer(SETTINGS) would do for a start. Each dict overrides those before it; args.settings: what --config and
-        # --bootstrap-servers say.
-        producer = Producer(SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks)
+        producer = Producer(settings)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
@@ -94,8 +95,7 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
-        # (delivery.timeout.ms), after Ctrl-C five seconds. In a simple program call producer.flush() instead.
-        # (We don't, because after a fatal error it raises an exception.)
+        # (delivery.timeout.ms), after Ctrl-C five seconds. In a simple program call producer.flush(), which also waits.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered  # Also one that produce() refused, which gets no report.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -147,8 +147,8 @@ class Report:
         else:
             # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
             self.run.stop(exit_status=1)
-            # A failed event may be stored all the same. To pass it to produce() again can store it twice: for the
-            # broker that is a new event, in spite of idempotence. So look into the topic first.
+            # A failed event may be stored all the same. Don't simply pass it to produce() again: for the broker that is
+            # a new event, which idempotence does not recognize, and it may be there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -312,7 +312,10 @@ def stop_on_signals(run):
 
 
 def wait_for_reports(producer, run, topic):
-    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
+    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
+
+    flush() would do the same, but it would not notice Ctrl-C, and it would raise an exception after a fatal error.
+    """
     while True:
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.
@@ -376,7 +379,7 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    if sys.stdout is None:
-        sys.exit("kafka_producer.py: standard output is closed")
+    if None in (sys.stdout, sys.stderr):
+        sys.exit("kafka_producer.py: standard output or standard error is closed")
     sys.stdout.reconfigure(encoding="utf-8")  # Whatever the terminal is set to.
     main()

@@ -48,7 +48,7 @@ def test_consumer_killed_and_started_again(scripts, cluster, topic, group, momen
 def test_broker_killed_while_consuming(scripts, cluster, topic, group, moments, times):
     """At full speed, with the settings as they are: everything is printed, and nothing twice."""
     create_topic(cluster, topic)
-    values = [event.decode() for event in numbered(40_000 * times)]
+    values = [event.decode() for event in numbered(30_000 * times)]
     produce(cluster, topic, values, **{"batch.size": 1000})
     # Small requests, so that reading takes a while.
     scripts.folder.joinpath("small").write_text("fetch.message.max.bytes=1000\nqueued.min.messages=100\n")
