@@ -45,7 +45,9 @@ SETTINGS = {
     # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-SAVE_AFTER = 0.001  # Seconds. As long as events are waiting, save and store after this time. For a database take more.
+# Seconds. As long as events are waiting, save and store when this time has passed. To write to a database takes longer
+# than to print, so there take more.
+SAVE_AFTER = 0.001
 
 
 def main():
@@ -72,7 +74,7 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group; enable.auto.commit is off.
+            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group, and without commits.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
             message = consumer.poll(0)  # Step 1. Does not wait: the library reads ahead, so often an event is here.
@@ -103,10 +105,10 @@ def process(message, verbose):
     For your own use replace this and save(). message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    An event may come twice, so write it to a database under a unique id: its topic, partition and offset. If process()
-    raises an exception, the program ends, and the next run begins with the same event. So catch what a bad event can
-    cause, or no run gets past it. If one event takes more than five minutes (max.poll.interval.ms), another consumer
-    gets our partitions.
+    - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
+    - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
+      event can cause, or every run will end there.
+    - If one event takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
     """
     line = printable(message.value())
     if verbose:
@@ -163,8 +165,8 @@ class Progress:
             save(unsaved)
             self.saved += len(unsaved)
         for message in unstored.values():
-            # Refused if we have lost the partition while we were busy, and hear of it only in the next poll(). That is
-            # fine: its next consumer gets these events again.
+            # If we have lost the partition, and hear of it only in the next poll(), this offset is refused or never
+            # committed. That is fine: the partition's next consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.save_at = time.monotonic() + SAVE_AFTER
@@ -181,8 +183,8 @@ class Progress:
         self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """Called instead of on_revoke() when others have our partitions already, because the group heard nothing from
-        us for 45 seconds or process() took five minutes. It is too late for a commit.
+        """Called instead of on_revoke() when others have our partitions already, most often because the group heard
+        nothing from us for 45 seconds or process() took five minutes. It is too late for a commit.
         """
         # Only forget the offsets, so that none is stored if we get a partition back that others have read further. What
         # is processed is saved all the same, and by the others too: better twice than never.
@@ -213,8 +215,6 @@ LASTING_ERRORS = {
     KafkaError._BAD_MSG,
     KafkaError._BAD_COMPRESSION,
     KafkaError._NOT_IMPLEMENTED,
-    # The committed offsets could not be fetched. The library would never begin to read (librdkafka issue 5586).
-    KafkaError.NOT_COORDINATOR,
     KafkaError.TOPIC_EXCEPTION,  # No topic can have this name.
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
@@ -264,9 +264,11 @@ class End:
 def handle_error(message, topic, end):
     """Handles what poll() returns besides events. Ends the program if the error is a lasting one."""
     error = message.error()
+    # With one of these texts the library does not ask again, and would never begin to read (librdkafka issue 5586).
+    no_start = re.match(r"Failed to fetch committed offset(s for \d| for group)", error.str())
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         end.partition_ends(message)
-    elif error.code() in LASTING_ERRORS:
+    elif no_start or error.code() in LASTING_ERRORS:
         sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
     else:
         tell(error.str())  # The library tries again.

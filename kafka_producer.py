@@ -46,7 +46,7 @@ SETTINGS = {
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
-    # can write to one topic. An event without a key goes to a random partition.
+    # can write to one topic. Events without a key go to random partitions.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
 # At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
@@ -134,8 +134,8 @@ class Report:
 
     def on_delivery(self, error, message):
         """Called in poll() with the delivery report of an event: where it is stored, or why it failed."""
-        value = "null" if message.value() is None else message.value().decode(errors="backslashreplace")
-        what = f"topic {message.topic()} with value of {value}"
+        value = message.value() or b""  # None in an event without a value.
+        what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.delivered += 1
             # The offset can be None if the event was sent again: then the broker may only say that it has it already.
@@ -249,7 +249,8 @@ class Trouble:
         """Tells if events waited last time, wait now, and none was confirmed in between."""
         unconfirmed = json.loads(text)["msg_cnt"]
         if unconfirmed and self.delivered_before == self.report.delivered:
-            self.run.write(f"Waiting for the delivery reports of {unconfirmed} events.", sys.stderr)
+            why = "no broker answers, or too few replicas are up to date"
+            self.run.write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr)
         self.delivered_before = self.report.delivered if unconfirmed else None
 
     def log(self, level, template, facility, client, text):
