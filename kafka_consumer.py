@@ -45,17 +45,20 @@ SETTINGS = {
     # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# Seconds. As long as events are waiting, save and store when this time has passed. To write to a database takes longer
-# than to print, so there take more.
+# While events keep coming, save and store about every SAVE_AFTER seconds. Printing is quick, so a millisecond will do.
+# A database is slower, and needs fewer and larger writes: take a second, for example.
 SAVE_AFTER = 0.001
 
 
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    # Consumer(SETTINGS) would do for a start. In a | b, b wins: what --config and options say is in args.settings.
-    # In trouble.hooks are methods that the library calls in poll() and close().
-    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
+    settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
+        **SETTINGS,
+        **MORE_SETTINGS,  # Below the lesson.
+        **args.settings,  # From --config and the other options.
+        **trouble.hooks,  # Methods of trouble, which the library calls in poll() and close().
+    }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         consumer = Consumer(settings)
     tell("Kafka Consumer has been initiated...")
@@ -66,7 +69,7 @@ def main():
     processed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. Rebalances happen in poll(), which then calls one of these.
+            # Joins the group. A rebalance happens in poll(), which then calls one of these.
             consumer.subscribe(
                 [args.topic],
                 on_assign=progress.on_assign,
@@ -78,9 +81,9 @@ def main():
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
             message = consumer.poll(0)  # Step 1. Does not wait: the library reads ahead, so often an event is here.
-            if message is None:
-                progress.save_and_store()  # Steps 3 and 4, before we wait: nobody knows for how long.
-                message = consumer.poll(0.5)  # Step 1: waits for up to half a second.
+            if message is None:  # None is here. Don't hold back what we have while we wait for one.
+                progress.save_and_store()  # Steps 3 and 4.
+                message = consumer.poll(0.5)  # Step 1 again. Waits for up to half a second.
             if message is None:  # Nothing has come.
                 end.look()  # With --exit: is all read?
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
@@ -90,12 +93,13 @@ def main():
                 progress.add(message, result)  # If SAVE_AFTER has passed, this also does steps 3 and 4.
                 processed += 1
     finally:
-        end_within(8)  # Ends the program after eight seconds. Without a broker, close() alone could take 45.
+        guard = end_within(8)  # If what follows takes longer, this ends the program: close() could wait 45 seconds.
         try:
-            progress.save_and_store()  # The last events, also after an exception.
+            progress.save_and_store()  # The last events. If save() has raised an exception, nothing is left to do here.
             tell(f"Printed {progress.saved} events. Closing.")
         finally:
-            consumer.close()  # Step 5, the last commit. Also leaves the group.
+            consumer.close()  # Step 5: commits what is stored. Also leaves the group.
+            guard.cancel()
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -134,7 +138,6 @@ class Progress:
     unsaved: a list of what process() returned.
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
-    ours: the partitions that we have, a set of TopicPartitions. Only to print them.
     """
 
     def __init__(self, consumer):
@@ -143,7 +146,6 @@ class Progress:
         self.unsaved = []
         self.unstored = {}
         self.save_at = time.monotonic() + SAVE_AFTER
-        self.ours = set()
 
     def add(self, message, result):
         """Notes that an event is processed, and saves and stores now and then."""
@@ -155,41 +157,35 @@ class Progress:
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        unsaved = self.unsaved
-        unstored = self.unstored
-        # Empty both first. If save() raises an exception, main() calls this method once more, in its finally block. It
-        # must find nothing then, or it would store the offsets of events that are not saved.
-        self.unsaved = []
-        self.unstored = {}
-        if unsaved:
-            save(unsaved)
-            self.saved += len(unsaved)
-        for message in unstored.values():
-            # If we have lost the partition, and hear of it only in the next poll(), this offset is refused or never
-            # committed. That is fine: the partition's next consumer gets these events again.
+        # Take both out first. If save() raises an exception, the end of main() gets here again, and must not store the
+        # offsets of events that are not saved.
+        results, self.unsaved = self.unsaved, []
+        messages, self.unstored = self.unstored, {}
+        if results:
+            save(results)
+            self.saved += len(results)
+        for message in messages.values():
+            # If another consumer has the partition already, this has no effect, or raises an exception that we ignore.
+            # The other one gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
         self.save_at = time.monotonic() + SAVE_AFTER
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.ours.update(partitions)
-        names = ", ".join(str(each.partition) for each in sorted(self.ours))
+        ours = {*consumer.assignment(), *partitions}
+        names = ", ".join(str(each.partition) for each in sorted(ours))
         tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), is about to take partitions away. Save and store now, since a commit follows."""
         self.save_and_store()
-        self.ours.difference_update(partitions)
 
     def on_lost(self, consumer, partitions):
-        """Called instead of on_revoke() when others have our partitions already, most often because the group heard
-        nothing from us for 45 seconds or process() took five minutes. It is too late for a commit.
+        """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
+        nothing from us for 45 seconds, or process() took five minutes.
         """
-        # Only forget the offsets, so that none is stored if we get a partition back that others have read further. What
-        # is processed is saved all the same, and by the others too: better twice than never.
-        self.unstored = {}
-        self.ours.difference_update(partitions)
+        self.save_and_store()  # Better twice than never. It is too late for a commit, and the library makes none.
         tell("Lost the partitions. Events since the last commit may come again.")
 
 
@@ -390,7 +386,9 @@ def handle_signals(handler):
 
 
 def end_within(seconds):
-    """Ends the program if it does not end by itself within that time. Ctrl-C and SIGTERM end it at once."""
+    """Ends the program after that time, unless the Timer that it returns is cancelled. From now on Ctrl-C and SIGTERM
+    end it at once.
+    """
     error = sys.exc_info()[1]  # Python would only print it at the end.
 
     def give_up():
@@ -407,6 +405,7 @@ def end_within(seconds):
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True  # The program does not wait for it.
     timer.start()
+    return timer
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.

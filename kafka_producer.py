@@ -60,10 +60,12 @@ def main():
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: true after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # Its on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-
-    # Producer(SETTINGS) would do for a start. In a | b, b wins: what --config and options say is in args.settings.
-    # In trouble.hooks are methods that the library calls in poll().
-    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
+    settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
+        **SETTINGS,
+        **MORE_SETTINGS,  # Below the lesson.
+        **args.settings,  # From --config and the other options.
+        **trouble.hooks,  # Methods of trouble, which the library calls in poll().
+    }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         producer = Producer(settings)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
@@ -87,7 +89,7 @@ def main():
                     break
                 key = str(event["user_id"])
                 value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
-                made += 1
+                made += 1  # Before produce(), so that an event that it refuses is counted too.
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
                 producer.poll(0)  # Step 4: passes on the reports that have come, and does not wait.
     except KafkaException as error:
@@ -97,7 +99,7 @@ def main():
         # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
         # (delivery.timeout.ms), after Ctrl-C five seconds. In a simple program call producer.flush(), which also waits.
         wait_for_reports(producer, run, args.topic)
-        failed = made - report.delivered  # Also one that produce() refused, which gets no report.
+        failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
