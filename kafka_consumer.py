@@ -34,7 +34,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never.
-# For speed, we save and store several events at once: when no more are waiting, or when SAVE_AFTER has passed.
+# For speed, we save and store several events at once: all that have come within SAVE_AFTER seconds.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -45,8 +45,8 @@ SETTINGS = {
     # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# While events keep coming, save and store about every SAVE_AFTER seconds. Printing is quick, so a millisecond will do.
-# A database is slower, and needs fewer and larger writes: take a second, for example.
+# Seconds. For printing a millisecond will do. To write to a database takes longer: there save less often and more at
+# once, every second for example.
 SAVE_AFTER = 0.001
 
 
@@ -77,25 +77,23 @@ def main():
                 on_lost=progress.on_lost,
             )
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group, and without commits.
+            assign_partitions(consumer, args.topic, args.from_offset)  # No group, no commits.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while processed < args.max_messages and not end.has_come:
-            message = consumer.poll(0)  # Step 1. Does not wait: the library reads ahead, so often an event is here.
-            if message is None:  # None is here. Don't hold back what we have while we wait for one.
+            message = consumer.poll(progress.time_left())  # Step 1. Waits for an event until it is time to save others.
+            if message is None:  # None has come.
                 progress.save_and_store()  # Steps 3 and 4.
-                message = consumer.poll(0.5)  # Step 1 again. Waits for up to half a second.
-            if message is None:  # Nothing has come.
                 end.look()  # With --exit: is all read?
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:  # An event.
                 result = process(message, args.verbose)  # Step 2.
-                progress.add(message, result)  # If SAVE_AFTER has passed, this also does steps 3 and 4.
+                progress.add(message, result)  # If it is time to save, this also does steps 3 and 4.
                 processed += 1
     finally:
-        guard = end_within(8)  # If what follows takes longer, this ends the program: close() could wait 45 seconds.
+        guard = end_within(8)  # Ends the program if what follows takes longer: without a broker, close() could take 45.
         try:
-            progress.save_and_store()  # The last events. If save() has raised an exception, nothing is left to do here.
+            progress.save_and_store()  # The last events; none if save() has failed.
             tell(f"Printed {progress.saved} events. Closing.")
         finally:
             consumer.close()  # Step 5: commits what is stored. Also leaves the group.
@@ -138,6 +136,7 @@ class Progress:
     unsaved: a list of what process() returned.
     unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
     are done.
+    save_at: when to save and store, in the time of time.monotonic().
     """
 
     def __init__(self, consumer):
@@ -145,10 +144,18 @@ class Progress:
         self.saved = 0
         self.unsaved = []
         self.unstored = {}
-        self.save_at = time.monotonic() + SAVE_AFTER
+        self.save_at = 0
+
+    def time_left(self):
+        """Returns the seconds until it is time to save; half a second if there is nothing to save."""
+        if not self.unstored:
+            return 0.5
+        return max(0, self.save_at - time.monotonic())
 
     def add(self, message, result):
-        """Notes that an event is processed, and saves and stores now and then."""
+        """Notes that an event is processed. If it is time to save, saves and stores."""
+        if not self.unstored:
+            self.save_at = time.monotonic() + SAVE_AFTER
         if result is not None:
             self.unsaved.append(result)
         self.unstored[message.topic(), message.partition()] = message
@@ -157,23 +164,22 @@ class Progress:
 
     def save_and_store(self):
         """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        # Take both out first. If save() raises an exception, the end of main() gets here again, and must not store the
-        # offsets of events that are not saved.
+        # Empty both before save(). If that fails, main() calls this method once more, at its end. It then finds nothing
+        # and stores nothing, so that the next run gets these events again.
         results, self.unsaved = self.unsaved, []
         messages, self.unstored = self.unstored, {}
         if results:
             save(results)
             self.saved += len(results)
         for message in messages.values():
-            # If another consumer has the partition already, this has no effect, or raises an exception that we ignore.
-            # The other one gets these events again.
+            # If the partition is another consumer's by now, this raises an exception, or the library makes no commit.
+            # Either way the other consumer gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
-        self.save_at = time.monotonic() + SAVE_AFTER
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        ours = {*consumer.assignment(), *partitions}
+        ours = {*consumer.assignment(), *partitions}  # Some protocols only add to those that we have.
         names = ", ".join(str(each.partition) for each in sorted(ours))
         tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
@@ -185,7 +191,9 @@ class Progress:
         """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
         nothing from us for 45 seconds, or process() took five minutes.
         """
-        self.save_and_store()  # Better twice than never. It is too late for a commit, and the library makes none.
+        # They get all events since the last commit, so what is left need not be saved.
+        self.unsaved = []
+        self.unstored = {}
         tell("Lost the partitions. Events since the last commit may come again.")
 
 

@@ -36,13 +36,13 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The broker in charge confirms an event when every replica that is up to date has it. Those that lag behind or are
-    # down don't count. How many must be up to date is set in the topic: min.insync.replicas. With fewer, the broker
-    # refuses the event, and the library tries again.
+    # The broker in charge confirms an event when all replicas that are up to date have it. It does not wait for those
+    # that lag behind or are down. How many must be up to date is set in the topic: min.insync.replicas. With fewer, the
+    # broker refuses the event, and the library tries again for two minutes.
     "acks": "all",
-    # If the broker stores an event, but its confirmation gets lost, the library sends the event again. With idempotence
-    # each event has a number, by which the broker sees that it has it already. Events stay in order, too, unless one
-    # fails.
+    # If a confirmation gets lost, the library sends an event again that the broker has already. With idempotence each
+    # event has a number, by which the broker knows it and does not store it twice. It also notices if a number is
+    # missing, so that events stay in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
@@ -78,7 +78,7 @@ def main():
     made = 0
     try:
         while made < args.count and not run.stopped:  # Each round either waits or makes one event.
-            due = start + made * args.interval  # When to make the next event.
+            due = start + made * args.interval  # When to make the next event. Delays don't add up.
             too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:

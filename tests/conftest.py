@@ -42,7 +42,7 @@ INTERVAL = 0.05  # Seconds from one look to the next.
 # The files whose tests start clusters of their own, those that take longest first: whichever came last would keep one
 # worker busy after all others.
 OWN_CLUSTERS = ["test_absent_broker", "test_faults", "test_readme", "test_security", "test_consumer_faults"]
-OWN_CLUSTERS += ["test_brokers", "test_local_cluster", "test_kafka_4"]
+OWN_CLUSTERS += ["test_kafka_4", "test_local_cluster", "test_brokers"]
 # A test that waits for a minute: so it comes before all others.
 IDLE = "test_exit_when_others_of_the_group_have_all_partitions"
 

@@ -7,7 +7,7 @@ from confluent_kafka.admin import AdminClient
 from conftest import THREE_BROKERS, create_topic, wait_until
 from faults import SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
 
-pytestmark = pytest.mark.breaks_cluster(THREE_BROKERS)
+pytestmark = [pytest.mark.breaks_cluster(THREE_BROKERS), pytest.mark.long]
 
 
 @pytest.fixture
@@ -65,7 +65,6 @@ def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions)
     print(f"producer: {producer.stderr!r}, consumer: {consumer.stderr!r}")
 
 
-@pytest.mark.long
 def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
     """The leader first, which is told though the others serve on."""
     create_topic(cluster, topic, replicas=3)
@@ -87,7 +86,6 @@ def test_each_broker_killed_in_turn(scripts, cluster, topic, group, partitions):
     assert_all_printed(scripts, consumer, cluster, topic)
 
 
-@pytest.mark.long
 def test_two_brokers_stopped(scripts, cluster, topic, group, partitions):
     """The third takes no events alone; when another one is back, the producer goes on."""
     create_topic(cluster, topic, replicas=3)

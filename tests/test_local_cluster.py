@@ -63,6 +63,7 @@ def run(compose_file, *command):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.long
 def test_up_status_logs(compose_file, cluster):
     status, out, _ = run(compose_file, "status")
     assert status == 0
@@ -81,6 +82,7 @@ def test_up_status_logs(compose_file, cluster):
     assert "broker    | " in out
 
 
+@pytest.mark.long
 def test_up_asks_also_when_the_processes_are_there(compose_file, cluster):
     (broker,) = cluster.brokers
     broker.pause()
