@@ -110,7 +110,8 @@ def process(message, verbose):
     - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
-    - If one event takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
+    - If more than five minutes pass from one poll() to the next (max.poll.interval.ms), another consumer gets our
+      partitions.
     """
     line = printable(message.value())
     if verbose:
@@ -251,13 +252,18 @@ class End:
         self.look()
 
     def look(self):
-        """Looks whether all is read. Tells if we have had no partitions for long; with --exit this ends the program."""
+        """Looks whether all is read, or whether we have no partitions."""
         ours = set(self.consumer.assignment())
         self.reached &= ours  # Forgets those that a rebalance took away.
-        if ours:
-            self.idle = 0
-            self.has_come = self.has_come or (self.exit_when_all_is_read and self.reached == ours)
+        if not ours:
+            self.count_idle()
             return
+        self.idle = 0
+        if self.exit_when_all_is_read and self.reached == ours:
+            self.has_come = True
+
+    def count_idle(self):
+        """Tells if we have had no partitions for long; with --exit this ends the program."""
         self.idle += 1
         if self.idle == 20:
             tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
@@ -397,23 +403,24 @@ def end_within(seconds):
     """Ends the program after that time, unless the Timer that it returns is cancelled. From now on Ctrl-C and SIGTERM
     end it at once.
     """
-    error = sys.exc_info()[1]  # Python would only print it at the end.
-
-    def give_up():
-        threading.Timer(1, os._exit, [1]).start()  # Even if nobody reads standard error.
-        if isinstance(error, SystemExit):
-            tell(error)
-        elif error:
-            traceback.print_exception(error)
-        what = "no answer from Kafka at the end, or nobody reads what is printed"
-        tell(f"kafka_consumer.py: {what}. Events since the last commit may come again.")
-        os._exit(1)
-
     handle_signals(signal.SIG_DFL)
-    timer = threading.Timer(seconds, give_up)
+    error = sys.exc_info()[1]  # Why main() ends, or None.
+    timer = threading.Timer(seconds, give_up, [error])
     timer.daemon = True  # The program does not wait for it.
     timer.start()
     return timer
+
+
+def give_up(error):
+    """Ends the program without close(). error: why it was about to end, which Python would have told after close()."""
+    threading.Timer(1, os._exit, [1]).start()  # Even if nobody reads standard error.
+    if isinstance(error, SystemExit):
+        tell(error)
+    elif error:
+        traceback.print_exception(error)
+    what = "no answer from Kafka at the end, or nobody reads what is printed"
+    tell(f"kafka_consumer.py: {what}. Events since the last commit may come again.")
+    os._exit(1)
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.

@@ -185,7 +185,7 @@ HINT = (
 class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
-    exit_status: 0 as long as more events may be queued; otherwise the program's exit status.
+    exit_status: 0, until something ends the sending.
     give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
     """
 
@@ -238,7 +238,8 @@ class Trouble:
         self.run = run
         self.report = report
         self.silent_until = 0
-        self.delivered_before = None
+        self.has_waited = False
+        self.delivered_before = 0
 
     def on_error(self, error):
         """A connection has failed. The library tries again. Printed at most every ten seconds."""
@@ -250,10 +251,11 @@ class Trouble:
     def on_statistics(self, text):
         """Tells if events waited last time, wait now, and none was confirmed in between."""
         unconfirmed = json.loads(text)["msg_cnt"]
-        if unconfirmed and self.delivered_before == self.report.delivered:
+        if unconfirmed and self.has_waited and self.report.delivered == self.delivered_before:
             why = "no broker answers, or too few replicas are up to date"
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr)
-        self.delivered_before = self.report.delivered if unconfirmed else None
+        self.has_waited = unconfirmed > 0
+        self.delivered_before = self.report.delivered
 
     def log(self, level, template, facility, client, text):
         """The library logs something. Most of it is also reported elsewhere."""
