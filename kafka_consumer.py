@@ -90,13 +90,13 @@ def main():
                 result = process(message, args.verbose)  # Step 2.
                 progress.add(message, result)  # If it is time to save, this also does steps 3 and 4.
                 processed += 1
-    finally:
+    finally:  # After the loop, and also after an exception.
         guard = end_within(8)  # Ends the program if what follows takes longer: without a broker, close() could take 45.
         try:
-            progress.save_and_store()  # The last events; none if save() has failed.
+            progress.save_and_store()  # What is processed and not saved yet.
             tell(f"Printed {progress.saved} events. Closing.")
-        finally:
-            consumer.close()  # Step 5: commits what is stored. Also leaves the group.
+        finally:  # Even if saving has failed: a group waits 45 seconds for a member that does not say that it leaves.
+            consumer.close()  # Step 5: commits what is stored, and leaves the group.
             guard.cancel()
     sys.exit(1 if trouble.commit_failed else 0)
 
@@ -164,23 +164,21 @@ class Progress:
             self.save_and_store()
 
     def save_and_store(self):
-        """Saves all that is processed, and stores the offsets: in this order, since a crash may come in between."""
-        # Empty both before save(). If that fails, main() calls this method once more, at its end. It then finds nothing
-        # and stores nothing, so that the next run gets these events again.
+        """Steps 3 and 4. If saving fails, nothing is stored, and the next run gets these events again."""
+        # Empty both first: if save() fails, main() calls this method once more, at its end, and it must find nothing.
         results, self.unsaved = self.unsaved, []
         messages, self.unstored = self.unstored, {}
         if results:
             save(results)
             self.saved += len(results)
         for message in messages.values():
-            # If the partition is another consumer's by now, this raises an exception, or the library makes no commit.
-            # Either way the other consumer gets these events again.
+            # May fail if another consumer has the partition by now. No harm: that one gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        ours = {*consumer.assignment(), *partitions}  # Some protocols only add to those that we have.
+        ours = {*consumer.assignment(), *partitions}  # With some protocols, partitions are only the new ones.
         names = ", ".join(str(each.partition) for each in sorted(ours))
         tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
 
