@@ -91,12 +91,12 @@ def main():
                 progress.add(message, result)  # If it is time to save, this also does steps 3 and 4.
                 processed += 1
     finally:  # After the loop, and also after an exception.
-        guard = end_within(8)  # Ends the program if what follows takes longer: without a broker, close() could take 45.
+        guard = end_within(8)  # Ends the program if what follows takes longer. Without a broker, close() may hang.
         try:
             progress.save_and_store()  # What is processed and not saved yet.
             tell(f"Printed {progress.saved} events. Closing.")
-        finally:  # Even if saving has failed: a group waits 45 seconds for a member that does not say that it leaves.
-            consumer.close()  # Step 5: commits what is stored, and leaves the group.
+        finally:  # Even if saving has failed, leave the group, or it would keep our partitions for us for 45 seconds.
+            consumer.close()  # Step 5, a last commit. Also leaves the group.
             guard.cancel()
     sys.exit(1 if trouble.commit_failed else 0)
 
@@ -148,10 +148,12 @@ class Progress:
         self.save_at = 0
 
     def time_left(self):
-        """Returns the seconds until it is time to save; half a second if there is nothing to save."""
+        """Returns how many seconds poll() may wait: until it is time to save, which is SAVE_AFTER seconds after the
+        first unsaved event. If there is none, half a second, so that main() looks regularly whether to end.
+        """
         if not self.unstored:
             return 0.5
-        return max(0, self.save_at - time.monotonic())
+        return max(0, self.save_at - time.monotonic())  # A negative number would mean: wait for ever.
 
     def add(self, message, result):
         """Notes that an event is processed. If it is time to save, saves and stores."""
@@ -165,7 +167,7 @@ class Progress:
 
     def save_and_store(self):
         """Steps 3 and 4. If saving fails, nothing is stored, and the next run gets these events again."""
-        # Empty both first: if save() fails, main() calls this method once more, at its end, and it must find nothing.
+        # Empty both first: if save() fails, main() calls this method once more, at its end. Then it must store nothing.
         results, self.unsaved = self.unsaved, []
         messages, self.unstored = self.unstored, {}
         if results:
@@ -190,7 +192,7 @@ class Progress:
         """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
         nothing from us for 45 seconds, or process() took five minutes.
         """
-        # They get all events since the last commit, so what is left need not be saved.
+        # The others get all events since the last commit, so we need not save what is left.
         self.unsaved = []
         self.unstored = {}
         tell("Lost the partitions. Events since the last commit may come again.")
