@@ -134,7 +134,7 @@ def test_localhost_with_two_addresses(scripts, cluster, topic):
     own_hosts = f'mount --bind {hosts} /etc/hosts && exec "$@"'
     can = subprocess.run(["unshare", "--mount", "sh", "-c", f"mount --bind {hosts} /etc/hosts"], check=False)
     shell = f"exec unshare --mount sh -c '{own_hosts}' sh \"$@\"" if can.returncode == 0 else None
-    producers = [scripts.producer("-t", topic, "-c", 1, shell=shell) for _ in range(4)]
+    producers = [scripts.producer("-t", topic, "-c", 1, shell=shell) for _ in range(6)]
     for producer in producers:
         assert producer.wait() == 0
         assert producer.stderr == ""
