@@ -90,7 +90,7 @@ def main():
                 result = process(message, args.verbose)  # Step 2.
                 progress.add(message, result)  # If it is time to save, this also does steps 3 and 4.
                 processed += 1
-    finally:  # After the loop, and also after an exception.
+    finally:  # Also after an exception. Saving comes first, since close() commits only what is stored.
         guard = end_within(8)  # Ends the program if what follows takes longer. Without a broker, close() may hang.
         try:
             progress.save_and_store()  # What is processed and not saved yet.
@@ -148,15 +148,19 @@ class Progress:
         self.save_at = 0
 
     def time_left(self):
-        """Returns how many seconds poll() may wait: until it is time to save, which is SAVE_AFTER seconds after the
-        first unsaved event. If there is none, half a second, so that main() looks regularly whether to end.
+        """Returns how many seconds poll() may wait: until the first unsaved event is SAVE_AFTER seconds old.
+
+        If no event comes by then, poll() returns None, and main() saves.
         """
         if not self.unstored:
-            return 0.5
-        return max(0, self.save_at - time.monotonic())  # A negative number would mean: wait for ever.
+            return 0.5  # Nothing to save. poll() returns now and then, so that main() can see whether to end.
+        return max(0, self.save_at - time.monotonic())  # For poll() a negative number means: for ever.
 
     def add(self, message, result):
-        """Notes that an event is processed. If it is time to save, saves and stores."""
+        """Notes that an event is processed. If the first unsaved one is old enough, saves and stores.
+
+        main() also saves when poll() returns None. But as long as events come without a pause, it never does.
+        """
         if not self.unstored:
             self.save_at = time.monotonic() + SAVE_AFTER
         if result is not None:
@@ -167,7 +171,8 @@ class Progress:
 
     def save_and_store(self):
         """Steps 3 and 4. If saving fails, nothing is stored, and the next run gets these events again."""
-        # Empty both first: if save() fails, main() calls this method once more, at its end. Then it must store nothing.
+        # Empty both first. If save() fails, main() and close() call this method again. If it found the messages then,
+        # it would store offsets of events that were never saved.
         results, self.unsaved = self.unsaved, []
         messages, self.unstored = self.unstored, {}
         if results:
