@@ -82,22 +82,20 @@ def main():
         while processed < args.max_messages and not end.has_come:
             message = consumer.poll(progress.time_left())  # Step 1. Waits for an event until it is time to save others.
             if message is None:  # None has come.
-                progress.save_and_store()  # Steps 3 and 4.
                 end.look()  # With --exit: is all read?
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:  # An event.
                 result = process(message, args.verbose)  # Step 2.
-                progress.add(message, result)  # If it is time to save, this also does steps 3 and 4.
+                progress.add(message, result)
                 processed += 1
-    finally:  # Also after an exception. Saving comes first, since close() commits only what is stored.
-        guard = end_within(8)  # Ends the program if what follows takes longer. Without a broker, close() may hang.
-        try:
-            progress.save_and_store()  # What is processed and not saved yet.
-            tell(f"Printed {progress.saved} events. Closing.")
-        finally:  # Even if saving has failed, leave the group, or it would keep our partitions for us for 45 seconds.
-            consumer.close()  # Step 5, a last commit. Also leaves the group.
-            guard.cancel()
+            if progress.time_left() == 0:
+                progress.save_and_store()  # Steps 3 and 4.
+    finally:  # Also after an exception.
+        end_within(8)  # If the broker is gone, close() may hang. Then this ends the program all the same.
+        progress.save_and_store()  # What is left. Before close(), which commits only what is stored.
+        tell(f"Printed {progress.saved} events. Closing.")
+        consumer.close()  # Step 5, a last commit. Also leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -133,52 +131,40 @@ def save(results):
 class Progress:
     """Remembers which events are processed, saves them, and stores their offsets.
 
-    saved: how many results are saved.
-    unsaved: a list of what process() returned.
-    unstored: {(topic, partition): the last processed Message}. One is enough: "go on at 7" says that all before 7
-    are done.
-    save_at: when to save and store, in the time of time.monotonic().
+    unsaved: a list of pairs: a Message that is processed, and what process() returned for it.
+    save_at: when to save them, in the time of time.monotonic().
+    saved: how many are saved.
     """
 
     def __init__(self, consumer):
         self.consumer = consumer
-        self.saved = 0
         self.unsaved = []
-        self.unstored = {}
         self.save_at = 0
+        self.saved = 0
 
     def time_left(self):
-        """Returns how many seconds poll() may wait: until the first unsaved event is SAVE_AFTER seconds old.
-
-        If no event comes by then, poll() returns None, and main() saves.
-        """
-        if not self.unstored:
+        """Returns in how many seconds it is time to save: when the first unsaved event is SAVE_AFTER seconds old."""
+        if not self.unsaved:
             return 0.5  # Nothing to save. poll() returns now and then, so that main() can see whether to end.
-        return max(0, self.save_at - time.monotonic())  # For poll() a negative number means: for ever.
+        return max(0, self.save_at - time.monotonic())
 
     def add(self, message, result):
-        """Notes that an event is processed. If the first unsaved one is old enough, saves and stores.
-
-        main() also saves when poll() returns None. But as long as events come without a pause, it never does.
-        """
-        if not self.unstored:
+        """Notes that an event is processed."""
+        if not self.unsaved:
             self.save_at = time.monotonic() + SAVE_AFTER
-        if result is not None:
-            self.unsaved.append(result)
-        self.unstored[message.topic(), message.partition()] = message
-        if time.monotonic() > self.save_at:
-            self.save_and_store()
+        self.unsaved.append((message, result))
 
     def save_and_store(self):
         """Steps 3 and 4. If saving fails, nothing is stored, and the next run gets these events again."""
-        # Empty both first. If save() fails, main() and close() call this method again. If it found the messages then,
-        # it would store offsets of events that were never saved.
-        results, self.unsaved = self.unsaved, []
-        messages, self.unstored = self.unstored, {}
+        unsaved = self.unsaved
+        self.unsaved = []  # Before save(): if that fails, this is called again at the end, and must store none of them.
+        results = [result for _, result in unsaved if result is not None]
         if results:
             save(results)
             self.saved += len(results)
-        for message in messages.values():
+        # The last one of each partition is enough: "go on at 7" says that all before 7 are done.
+        last = {(message.topic(), message.partition()): message for message, _ in unsaved}
+        for message in last.values():
             # May fail if another consumer has the partition by now. No harm: that one gets these events again.
             with contextlib.suppress(KafkaException):
                 self.consumer.store_offsets(message)  # Stores its offset plus 1.
@@ -197,9 +183,7 @@ class Progress:
         """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
         nothing from us for 45 seconds, or process() took five minutes.
         """
-        # The others get all events since the last commit, so we need not save what is left.
-        self.unsaved = []
-        self.unstored = {}
+        self.unsaved = []  # Not saved, since the others get all events since the last commit.
         tell("Lost the partitions. Events since the last commit may come again.")
 
 
@@ -405,15 +389,12 @@ def handle_signals(handler):
 
 
 def end_within(seconds):
-    """Ends the program after that time, unless the Timer that it returns is cancelled. From now on Ctrl-C and SIGTERM
-    end it at once.
-    """
+    """Ends the program after that time if it is still running then. From now on Ctrl-C and SIGTERM end it at once."""
     handle_signals(signal.SIG_DFL)
     error = sys.exc_info()[1]  # Why main() ends, or None.
     timer = threading.Timer(seconds, give_up, [error])
     timer.daemon = True  # The program does not wait for it.
     timer.start()
-    return timer
 
 
 def give_up(error):

@@ -152,6 +152,7 @@ class Benchmark:
         self.servers = cluster.bootstrap_servers
         # The contenders import kafka_producer.
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.environment.pop("PYTHONUNBUFFERED", None)  # With it each print() of the others would be a write().
         # Where producers write, and where consumers find one event and wait for more.
         self.target, self.small_topic = self.new_topic(1), self.new_topic(1)
 
