@@ -28,26 +28,21 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 # What happens to an event, for example the one at offset 6:
 # 1. Poll: the library hands it to us.
-# 2. Process: process() makes of it what we want to keep. Here it is a line of text.
-# 3. Save: save() prints the line. From now on the event is not lost if the program is killed.
-# 4. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 5. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
+# 2. Process: we do with it what we are here for. process() prints it.
+# 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
+# 4. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
 #    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
 # If the program is killed before the commit, event 6 comes again: better twice than never.
-# For speed, we save and store several events at once: all that have come within SAVE_AFTER seconds.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library notes an event as done (step 4) when it hands it to us (step 1). If a commit follows, and
-    # we are killed before the event is saved (step 3), no run sees it again. So we do step 4 ourselves, after step 3.
+    # By default the library does step 3 together with step 1: it notes an event as done when it hands it to us. If a
+    # commit follows, and we are killed before we have processed the event, it is lost. So we do step 3 ourselves.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
-# Seconds. For printing a millisecond will do. To write to a database takes longer: there save less often and more at
-# once, every second for example.
-SAVE_AFTER = 0.001
 
 
 def main():
@@ -64,127 +59,68 @@ def main():
     tell("Kafka Consumer has been initiated...")
     wait_for_kafka(consumer, args)  # Prints which topics there are. Ends the program if there is no answer.
 
-    progress = Progress(consumer)  # Saves and stores.
     end = End(consumer, args.exit)  # end.has_come is true after Ctrl-C, or with --exit when all is read.
-    processed = 0
+    printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. A rebalance happens in poll(), which then calls one of these.
-            consumer.subscribe(
-                [args.topic],
-                on_assign=progress.on_assign,
-                on_revoke=progress.on_revoke,
-                on_lost=progress.on_lost,
-            )
+            # Joins the group. A rebalance happens in poll(), which then calls one of these three.
+            consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # No group, no commits.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
-        while processed < args.max_messages and not end.has_come:
-            message = consumer.poll(progress.time_left())  # Step 1. Waits for an event until it is time to save others.
+        while printed < args.max_messages and not end.has_come:
+            message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
             if message is None:  # None has come.
                 end.look()  # With --exit: is all read?
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:  # An event.
-                result = process(message, args.verbose)  # Step 2.
-                progress.add(message, result)
-                processed += 1
-            if progress.time_left() == 0:
-                progress.save_and_store()  # Steps 3 and 4.
+                process(message, args.verbose)  # Step 2.
+                printed += 1
+                try:
+                    consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
+                except KafkaException:
+                    pass  # The library can't go on. The next poll() says why.
     finally:  # Also after an exception.
         end_within(8)  # If the broker is gone, close() may hang. Then this ends the program all the same.
-        progress.save_and_store()  # What is left. Before close(), which commits only what is stored.
-        tell(f"Printed {progress.saved} events. Closing.")
-        consumer.close()  # Step 5, a last commit. Also leaves the group.
+        tell(f"Printed {printed} events. Closing.")
+        consumer.close()  # Step 4, a last commit. Also leaves the group.
     sys.exit(1 if trouble.commit_failed else 0)
 
 
 def process(message, verbose):
-    """Returns what is to be saved of one event, here the line to print; None if nothing is to be saved.
+    """Prints one event as a line. When this returns, the event must not get lost if the program is killed.
 
-    For your own use replace this and save(). message.value() is bytes, or None for an event without a value. With
+    For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
     - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
-    - If more than five minutes pass from one poll() to the next (max.poll.interval.ms), another consumer gets our
-      partitions.
+    - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
     """
     line = printable(message.value())
     if verbose:
         place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
         line = f"{place} key={printable(message.key())} {line}"
-    return line
+    write_out(line)
 
 
-def save(results):
-    """Prints the lines, so that they are not lost if the program is killed. results: what process() returned, a list.
+def on_assign(consumer, partitions):
+    """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
+    tell_partitions("Got partitions", partitions)
 
-    To write to a database instead, let process() return rows, and write them here. If this raises an exception, the
-    program ends, and the next run gets these events again. At the end it has only a few seconds, since main() allows
-    eight for saving and closing.
+
+def on_revoke(consumer, partitions):
+    """A rebalance, or close(), takes partitions away. The library commits their stored offsets after this."""
+    tell_partitions("Gave up partitions", partitions)
+
+
+def on_lost(consumer, partitions):
+    """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
+    nothing from us for 45 seconds, or process() took five minutes.
     """
-    write_out("\n".join(results))
-
-
-class Progress:
-    """Remembers which events are processed, saves them, and stores their offsets.
-
-    unsaved: a list of pairs: a Message that is processed, and what process() returned for it.
-    save_at: when to save them, in the time of time.monotonic().
-    saved: how many are saved.
-    """
-
-    def __init__(self, consumer):
-        self.consumer = consumer
-        self.unsaved = []
-        self.save_at = 0
-        self.saved = 0
-
-    def time_left(self):
-        """Returns in how many seconds it is time to save: when the first unsaved event is SAVE_AFTER seconds old."""
-        if not self.unsaved:
-            return 0.5  # Nothing to save. poll() returns now and then, so that main() can see whether to end.
-        return max(0, self.save_at - time.monotonic())
-
-    def add(self, message, result):
-        """Notes that an event is processed."""
-        if not self.unsaved:
-            self.save_at = time.monotonic() + SAVE_AFTER
-        self.unsaved.append((message, result))
-
-    def save_and_store(self):
-        """Steps 3 and 4. If saving fails, nothing is stored, and the next run gets these events again."""
-        unsaved = self.unsaved
-        self.unsaved = []  # Before save(): if that fails, this is called again at the end, and must store none of them.
-        results = [result for _, result in unsaved if result is not None]
-        if results:
-            save(results)
-            self.saved += len(results)
-        # The last one of each partition is enough: "go on at 7" says that all before 7 are done.
-        last = {(message.topic(), message.partition()): message for message, _ in unsaved}
-        for message in last.values():
-            # May fail if another consumer has the partition by now. No harm: that one gets these events again.
-            with contextlib.suppress(KafkaException):
-                self.consumer.store_offsets(message)  # Stores its offset plus 1.
-
-    def on_assign(self, consumer, partitions):
-        """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        ours = {*consumer.assignment(), *partitions}  # With some protocols, partitions are only the new ones.
-        names = ", ".join(str(each.partition) for each in sorted(ours))
-        tell(f"Got partitions: {names or 'none; other members of the group have them, or there is no topic yet'}")
-
-    def on_revoke(self, consumer, partitions):
-        """A rebalance, or close(), is about to take partitions away. Save and store now, since a commit follows."""
-        self.save_and_store()
-
-    def on_lost(self, consumer, partitions):
-        """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
-        nothing from us for 45 seconds, or process() took five minutes.
-        """
-        self.unsaved = []  # Not saved, since the others get all events since the last commit.
-        tell("Lost the partitions. Events since the last commit may come again.")
+    tell("Lost the partitions. Events since the last commit may come again.")
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -254,8 +190,9 @@ class End:
     def count_idle(self):
         """Tells if we have had no partitions for long; with --exit this ends the program."""
         self.idle += 1
-        if self.idle == 20:
-            tell("Waiting for partitions. If a member of the group was killed, Kafka waits up to 45 seconds for it.")
+        if self.idle == 10:
+            tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
+            tell("If a member was killed, Kafka waits up to 45 seconds for it.")
         if self.idle == 120 and self.exit_when_all_is_read:
             sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
 
@@ -316,13 +253,19 @@ def tell(line):
         print(line, file=sys.stderr)
 
 
-def write_out(text):
-    """Writes text to standard output. If that is not possible, it ends the program."""
+def tell_partitions(what, partitions):
+    if partitions:
+        tell(f"{what}: {', '.join(str(each.partition) for each in partitions)}")
+
+
+def write_out(line):
+    """Writes a line to standard output at once, in UTF-8. If that is not possible, it ends the program."""
+    rest = f"{line}\n".encode()
     try:
-        print(text, flush=True)
+        while rest:
+            written = os.write(1, rest)  # Much faster than print(line, flush=True), but may write only a part.
+            rest = rest[written:]
     except OSError as error:
-        # What Python still has to write is discarded, or it would complain at the very end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
 
 
@@ -488,6 +431,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
     if None in (sys.stdout, sys.stderr):
         sys.exit("kafka_consumer.py: standard output or standard error is closed")
-    # In UTF-8, whatever the terminal is set to; and buffered, also with PYTHONUNBUFFERED, which can lose text.
-    sys.stdout = open(sys.stdout.fileno(), "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     main()

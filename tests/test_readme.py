@@ -178,7 +178,7 @@ def test_make_it_yours(scripts, cluster, topic, group):
     (example,) = blocks("python")
     code = (ROOT / "kafka_consumer.py").read_text()
     before, function, after = re.split(r"^(def process\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
-    assert "return line" in function
+    assert "write_out(line)" in function
     (scripts.folder / "mine.py").write_text(f"import json\n{before}{example}\n{after}")
     options = ["-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
     shown = subprocess.check_output([sys.executable, "mine.py", *options], cwd=scripts.folder, text=True, timeout=LIMIT)
