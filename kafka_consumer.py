@@ -63,7 +63,7 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. A rebalance happens in poll(), which then calls one of these three.
+            # Joins the group. In a rebalance poll() calls one of these three.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # No group, no commits.
@@ -141,7 +141,8 @@ HINT = (
 LASTING_ERRORS = {
     KafkaError._FATAL,
     KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
-    # Events that are damaged (found with check.crcs=true) or in an unknown format. The library would go on behind them.
+    # Events that are damaged (found with check.crcs=true) or in an unknown format. The library would skip some of them,
+    # and fetch others again and again.
     KafkaError._BAD_MSG,
     KafkaError._BAD_COMPRESSION,
     KafkaError._NOT_IMPLEMENTED,

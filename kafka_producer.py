@@ -41,8 +41,8 @@ SETTINGS = {
     # broker refuses the event, and the library tries again for two minutes.
     "acks": "all",
     # If a confirmation gets lost, the library sends an event again that the broker has already. With idempotence each
-    # event has a number, by which the broker knows it and does not store it twice. It also notices if a number is
-    # missing, so that events stay in order.
+    # event has a number, by which the broker recognizes it and does not store it twice. It also notices if a number
+    # is missing, so that events stay in order.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
@@ -57,7 +57,7 @@ MAX_UNCONFIRMED = 10_000
 def main():
     args = parse_arguments()
     # Three helpers. Report is part of the lesson, the others are below it.
-    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: true after a failure or Ctrl-C.
+    run = Run(args.log_file)  # log() for the log file, write() for the terminal; stopped after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # Its on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
     settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
@@ -97,7 +97,7 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
-        # (delivery.timeout.ms), after Ctrl-C five seconds. In a simple program call producer.flush(), which also waits.
+        # (delivery.timeout.ms). producer.flush() would do the same, but would not give up five seconds after Ctrl-C.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -319,7 +319,7 @@ def stop_on_signals(run):
 def wait_for_reports(producer, run, topic):
     """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
 
-    flush() would do the same, but it would not notice Ctrl-C, and it would raise an exception after a fatal error.
+    flush() would wait on after Ctrl-C, and it would raise an exception after a fatal error.
     """
     while True:
         if time.monotonic() > run.give_up_at:
