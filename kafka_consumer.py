@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # Kafka deletes events when they are older than a set time. The library calls an event a message.
 # A partition is a part of a topic, and keeps its events in order. An offset is an event's position in its partition.
 # A consumer is a program that reads events, such as this one. A consumer group is one or more of them that share the
-# partitions of a topic: each partition belongs to one of them, so each event goes to one of them. Every group gets all
+# partitions of a topic: within the group each partition, and so each event, goes to one of them. Every group gets all
 # events, independently of other groups.
 # A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
 # Kafka keeps it, for a week after the last consumer of the group has left.
@@ -39,8 +39,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library does step 3 together with step 1: it notes an event as done when it hands it to us. If a
-    # commit follows, and we are killed before we have processed the event, it is lost. So we do step 3 ourselves.
+    # By default the library does step 3 in step 1: it hands us event 6, and notes 7 at once. If the 7 is committed, and
+    # we are killed before event 6 is processed, the next run starts at 7: event 6 is lost. So we do step 3 ourselves.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -66,11 +66,11 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # No group, no commits.
+            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group: nothing is committed.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
             message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
-            if message is None:  # None has come.
+            if message is None:  # No event has come.
                 end.look()  # With --exit: is all read?
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
@@ -79,12 +79,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException:
-                    pass  # The library can't go on. The next poll() says why.
+                except KafkaException as error:
+                    tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
-        end_within(8)  # If the broker is gone, close() may hang. Then this ends the program all the same.
+        guard = end_within(8)  # If the broker is gone, close() may hang. Then this ends the program all the same.
         tell(f"Printed {printed} events. Closing.")
         consumer.close()  # Step 4, a last commit. Also leaves the group.
+        guard.cancel()
     sys.exit(1 if trouble.commit_failed else 0)
 
 
@@ -333,12 +334,15 @@ def handle_signals(handler):
 
 
 def end_within(seconds):
-    """Ends the program after that time if it is still running then. From now on Ctrl-C and SIGTERM end it at once."""
+    """Ends the program after that time, unless the Timer that it returns is cancelled. From now on Ctrl-C and SIGTERM
+    end it at once.
+    """
     handle_signals(signal.SIG_DFL)
     error = sys.exc_info()[1]  # Why main() ends, or None.
     timer = threading.Timer(seconds, give_up, [error])
     timer.daemon = True  # The program does not wait for it.
     timer.start()
+    return timer
 
 
 def give_up(error):

@@ -36,13 +36,11 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The broker in charge confirms an event when all replicas that are up to date have it. It does not wait for those
-    # that lag behind or are down. How many must be up to date is set in the topic: min.insync.replicas. With fewer, the
-    # broker refuses the event, and the library tries again for two minutes.
+    # The broker in charge confirms an event when every replica has it, but for those that are down or lag behind. If
+    # fewer are left than the topic demands (min.insync.replicas), it refuses the event; the library tries again.
     "acks": "all",
-    # If a confirmation gets lost, the library sends an event again that the broker has already. With idempotence each
-    # event has a number, by which the broker recognizes it and does not store it twice. It also notices if a number
-    # is missing, so that events stay in order.
+    # If only the confirmation gets lost, the library sends the event again, and it could be stored twice. So it numbers
+    # the events. The broker drops a number that it has already, and refuses one that leaves a gap.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
@@ -77,21 +75,20 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and not run.stopped:  # Each round either waits or makes one event.
-            due = start + made * args.interval  # When to make the next event. Delays don't add up.
-            too_early = time.monotonic() < due
+        while made < args.count and not run.stopped:
+            too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Step 4: passes on reports, and waits for up to 10 ms.
-            else:
-                event = registration(fake)
-                if event is None:  # There are no more.
-                    break
-                key = str(event["user_id"])
-                value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
-                made += 1  # Before produce(), so that an event that it refuses is counted too.
-                producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-                producer.poll(0)  # Step 4: passes on the reports that have come, and does not wait.
+                continue
+            event = registration(fake)
+            if event is None:  # There are no more.
+                break
+            key = str(event["user_id"])
+            value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
+            made += 1  # Before produce(), so that an event that it refuses is counted too.
+            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+            producer.poll(0)  # Step 4: passes on the reports that have come, and does not wait.
     except KafkaException as error:
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
@@ -99,7 +96,7 @@ def main():
         # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
         # (delivery.timeout.ms). producer.flush() would do the same, but would not give up five seconds after Ctrl-C.
         wait_for_reports(producer, run, args.topic)
-        failed = made - report.delivered
+        failed = made - report.delivered  # Refused, or not confirmed.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
@@ -107,11 +104,13 @@ def main():
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
-    example, put these lines in its place to send a file that has a column user_id:
+    For data of your own replace this whole function, and if they have no user_id, also the line "key = ..." in main().
+    For example, these lines in its place send a file that has a column user_id:
+
         rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8-sig"))  # With "import csv" at the top.
         def registration(fake):
             return next(rows, None)
+
     Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file.
     For events without a key remove the line "key = ..." in main(), and key=key from the call of produce().
     Don't wait for data in here: meanwhile no reports are passed on.
@@ -149,8 +148,8 @@ class Report:
         else:
             # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
             self.run.stop(exit_status=1)
-            # A failed event may be stored all the same. Don't simply pass it to produce() again: for the broker that is
-            # a new event, which idempotence does not recognize, and it may be there twice. Look into the topic first.
+            # A failed event may be stored all the same. If you passed it to produce() again, it would get a new number,
+            # so idempotence would not help, and it could be there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.

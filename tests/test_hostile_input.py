@@ -222,7 +222,7 @@ configurations = st.one_of(
 )
 
 
-@some(12)
+@some(8)
 @given(configurations, st.sampled_from(["producer", "consumer"]))
 @example(b"default.topic.config=x", "producer")
 @example(b"default.topic.config=x", "consumer")
@@ -275,7 +275,7 @@ numbers = st.one_of(
 )
 
 
-@some(8)
+@some(5)
 @given(count=numbers, interval=numbers, seed=numbers)
 def test_any_numbers_for_the_producer(scripts, topic, count, interval, seed):
     """Wrong ones are named; with the others it starts, and can be stopped if they mean that it goes on for long."""
@@ -291,7 +291,7 @@ def test_any_numbers_for_the_producer(scripts, topic, count, interval, seed):
         assert re.fullmatch(rf"Delivered \d+ events to topic {topic}, 0 failed\.", producer.lines[-1])
 
 
-@some(8)
+@some(5)
 @given(options=st.dictionaries(st.sampled_from(["from-offset", "max-messages"]), numbers, min_size=1))
 def test_any_numbers_for_the_consumer(scripts, cluster, topic, options):
     if not list(scripts.folder.iterdir()):
