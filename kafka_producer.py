@@ -20,8 +20,8 @@ from faker import Factory
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # The library calls an event a message.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic, and keeps its events in order. One broker is in charge of it. Others may have
-# replicas of it, which are copies; if the broker in charge fails, one of them takes over.
+# A partition is a part of a topic, and keeps its events in order. One broker, its leader, is in charge of it. Others
+# may have replicas of it, which are copies; if the leader fails, one of them takes over.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
@@ -36,8 +36,8 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The broker in charge confirms an event when every replica has it, but for those that are down or lag behind. If
-    # fewer are left than the topic demands (min.insync.replicas), it refuses the event; the library tries again.
+    # The leader confirms an event when every replica has it, but for those that are down or lag behind. If fewer are
+    # left than the topic demands (min.insync.replicas), it refuses the event, and the library tries again.
     "acks": "all",
     # If only the confirmation gets lost, the library sends the event again, and it could be stored twice. So it numbers
     # the events. The broker drops a number that it has already, and refuses one that leaves a gap.
