@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -82,11 +81,11 @@ def main():
                 except KafkaException as error:
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
-        guard = end_within(8)  # If the broker is gone, close() may hang. Then this ends the program all the same.
+        handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        consumer.close()  # Step 4, a last commit. Also leaves the group.
-        guard.cancel()
-    sys.exit(1 if trouble.commit_failed else 0)
+        # Step 4, a last commit. Also leaves the group. If the broker is gone, close() may hang; so wait eight seconds.
+        closed = returns_within(8, consumer.close)
+    sys.exit(0 if closed and not trouble.commit_failed else 1)
 
 
 def process(message, verbose):
@@ -333,28 +332,14 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-def end_within(seconds):
-    """Ends the program after that time, unless the Timer that it returns is cancelled. From now on Ctrl-C and SIGTERM
-    end it at once.
-    """
-    handle_signals(signal.SIG_DFL)
-    error = sys.exc_info()[1]  # Why main() ends, or None.
-    timer = threading.Timer(seconds, give_up, [error])
-    timer.daemon = True  # The program does not wait for it.
-    timer.start()
-    return timer
-
-
-def give_up(error):
-    """Ends the program without close(). error: why it was about to end, which Python would have told after close()."""
-    threading.Timer(1, os._exit, [1]).start()  # Even if nobody reads standard error.
-    if isinstance(error, SystemExit):
-        tell(error)
-    elif error:
-        traceback.print_exception(error)
-    what = "no answer from Kafka at the end, or nobody reads what is printed"
-    tell(f"kafka_consumer.py: {what}. Events since the last commit may come again.")
-    os._exit(1)
+def returns_within(seconds, function):
+    """Calls a function that waits for Kafka, and returns whether it returned in time."""
+    thread = threading.Thread(target=function, daemon=True)  # Daemon: the end of the program does not wait for it.
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
+    return not thread.is_alive()
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
@@ -416,6 +401,8 @@ def parse_arguments():
     args = parser.parse_args()
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", args.topic):
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
+    if "" in (args.bootstrap_servers, args.group):
+        parser.error("--bootstrap-servers and --group may not be empty")
     if args.max_messages < 0:
         parser.error(f"--max-messages {args.max_messages} is negative")
     for key in FIXED & args.config.keys():

@@ -369,6 +369,8 @@ def parse_arguments():
     args = parser.parse_args()
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", args.topic):
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
+    if args.bootstrap_servers == "":
+        parser.error("--bootstrap-servers may not be empty")
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
     args.count = args.count or math.inf

@@ -186,6 +186,7 @@ WRONG_CALLS = {
     "offset is no number": (["--from-offset", "x"], "x"),
     "negative number": (["-c", "-1"], "--max-messages"),
     "no number": (["-c", "many"], "many"),
+    "a group of a variable that is not set": (["-G", ""], "--group"),
     "a setting that the script needs": (["-F", "commit.properties"], "enable.auto.commit"),
 }
 

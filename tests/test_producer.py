@@ -74,6 +74,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scri
 
 WRONG_CALLS = {
     "unknown option": (["--wrong"], "--wrong"),
+    "no broker": (["-b", ""], "--bootstrap-servers"),
     "count is no number": (["-c", "ten"], "ten"),
     "negative count": (["-c", "-1"], "--count -1"),
     "negative interval": (["-i", "-1"], "--interval -1"),
