@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library does step 3 in step 1: it hands us event 6, and notes 7 at once. If the 7 is committed, and
-    # we are killed before event 6 is processed, the next run starts at 7: event 6 is lost. So we do step 3 ourselves.
+    # By default the library stores before we process: it hands us event 6, and notes 7 at once. If the 7 is committed,
+    # and we are killed before event 6 is processed, the next run starts at 7. Event 6 is lost. So we store ourselves.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -78,7 +78,7 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:
+                except KafkaException as error:  # For example, another consumer has taken our place in the group.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
@@ -89,7 +89,7 @@ def main():
 
 
 def process(message, verbose):
-    """Prints one event as a line. When this returns, the event must not get lost if the program is killed.
+    """Prints one event as a line. Returns only when the event is safe, even if the program is killed then.
 
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.

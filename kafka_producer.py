@@ -36,11 +36,11 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The leader confirms an event when every replica has it, but for those that are down or lag behind. If fewer are
-    # left than the topic demands (min.insync.replicas), it refuses the event, and the library tries again.
+    # An event is confirmed when all replicas that are up to date have it. If fewer are up to date than the topic
+    # demands (min.insync.replicas), the leader refuses the event, and the library tries again.
     "acks": "all",
-    # If only the confirmation gets lost, the library sends the event again, and it could be stored twice. So it numbers
-    # the events. The broker drops a number that it has already, and refuses one that leaves a gap.
+    # If only the confirmation gets lost, the library sends the event again. Events are numbered, so that the leader
+    # recognizes the second copy and drops it.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
@@ -54,9 +54,9 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
-    # Three helpers. Report is part of the lesson, the others are below it.
-    run = Run(args.log_file)  # log() for the log file, write() for the terminal; stopped after a failure or Ctrl-C.
-    report = Report(run, args.quiet)  # Its on_delivery() gets the delivery reports.
+    # run.log() and run.write() write to the log file and the terminal. run.stopped is true after a failure or Ctrl-C.
+    run = Run(args.log_file)
+    report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
     settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
         **SETTINGS,
@@ -79,7 +79,7 @@ def main():
             too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Step 4: passes on reports, and waits for up to 10 ms.
+                producer.poll(0.01)  # Wait, up to 10 ms. If reports come, this passes them on: step 4.
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
@@ -88,13 +88,13 @@ def main():
             value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-            producer.poll(0)  # Step 4: passes on the reports that have come, and does not wait.
+            producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
     except KafkaException as error:
         # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Unconfirmed events could be lost if we ended now. So wait for their delivery reports: two minutes at most
-        # (delivery.timeout.ms). producer.flush() would do the same, but would not give up five seconds after Ctrl-C.
+        # Unconfirmed events could be lost if we ended now. So wait for their delivery reports, as producer.flush()
+        # does: two minutes at most (delivery.timeout.ms). But after Ctrl-C this gives up sooner, in five seconds.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered  # Refused, or not confirmed.
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -146,7 +146,8 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            # main() makes no more events, since they would most likely fail too. Those in the queue are still sent.
+            # Makes run.stopped true. So main() makes no more events, since they would most likely fail too. Those in
+            # the queue are still sent.
             self.run.stop(exit_status=1)
             # A failed event may be stored all the same. If you passed it to produce() again, it would get a new number,
             # so idempotence would not help, and it could be there twice. Look into the topic first.
