@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default the library stores before we process: it hands us event 6, and notes 7 at once. If the 7 is committed,
-    # and we are killed before event 6 is processed, the next run starts at 7. Event 6 is lost. So we store ourselves.
+    # True, the default: poll() returns event 6 and stores 7; we process event 6. Killed in between, we may lose it.
+    # False: poll() returns event 6; we process it; we store 7 ourselves. Killed in between, we get it again.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -65,7 +65,7 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # Without the group: nothing is committed.
+            assign_partitions(consumer, args.topic, args.from_offset)  # No group: nothing is committed.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
             message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
@@ -117,8 +117,8 @@ def on_revoke(consumer, partitions):
 
 
 def on_lost(consumer, partitions):
-    """Called instead of on_revoke() when others may have the partitions already: most often because the group heard
-    nothing from us for 45 seconds, or process() took five minutes.
+    """Called instead of on_revoke() when others may have the partitions already: because the group heard nothing from
+    us for 45 seconds (the program was suspended, for example), or because process() took five minutes.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 

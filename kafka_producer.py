@@ -36,15 +36,14 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # An event is confirmed when all replicas that are up to date have it. If fewer are up to date than the topic
-    # demands (min.insync.replicas), the leader refuses the event, and the library tries again.
+    # Replicas that are up to date are "in sync". The leader confirms an event when all of those have it. If there are
+    # fewer than the topic demands (min.insync.replicas), it refuses the event, and the library tries again.
     "acks": "all",
-    # If only the confirmation gets lost, the library sends the event again. Events are numbered, so that the leader
-    # recognizes the second copy and drops it.
+    # A confirmation can get lost. Then the library sends the event again. So each event has a number, and the leader
+    # drops a number that it already has.
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # The formula that turns a key into the number of a partition, murmur2: the same as in Java programs, so that both
-    # can write to one topic. Events without a key go to random partitions.
+    # How a key becomes the number of a partition: as in Java programs, so that both can write to one topic.
     "partitioner": "murmur2_random",
 }  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
 # At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
@@ -66,7 +65,7 @@ def main():
     }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         producer = Producer(settings)
-    fake = Factory.create(use_weighting=False)  # Four times as fast as Faker(), but all names are equally frequent.
+    fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
     fake.seed_instance(args.seed)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
     run.write("Kafka Producer has been initiated...", sys.stdout)
@@ -104,15 +103,9 @@ def main():
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this whole function, and if they have no user_id, also the line "key = ..." in main().
-    For example, these lines in its place send a file that has a column user_id:
-
-        rows = csv.DictReader(open("users.csv", newline="", encoding="utf-8-sig"))  # With "import csv" at the top.
-        def registration(fake):
-            return next(rows, None)
-
-    Start it with --count 0 (no limit) and --interval 0 (no pause). Each run sends the whole file.
-    For events without a key remove the line "key = ..." in main(), and key=key from the call of produce().
+    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
+    events without a key remove that line, and key=key from the call of produce(); they go to random partitions.
+    With --count 0 and --interval 0 it is called without limit and pause, until it returns None.
     Don't wait for data in here: meanwhile no reports are passed on.
     """
     return {
@@ -139,7 +132,7 @@ class Report:
         what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.delivered += 1
-            # The offset can be None if the event was sent again: then the broker may only say that it has it already.
+            # The offset is None if the event was sent again and the leader only says that it already has it.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
             self.run.log(line)
