@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # True, the default: poll() returns event 6 and stores 7; we process event 6. Killed in between, we may lose it.
-    # False: poll() returns event 6; we process it; we store 7 ourselves. Killed in between, we get it again.
+    # Who does step 3? By default poll() does (True), before we process the event: killed in between, we may lose it.
+    # With False we do it ourselves, afterwards: killed in between, we get it again. Step 4 stays automatic.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -89,11 +89,12 @@ def main():
 
 
 def process(message, verbose):
-    """Prints one event as a line. Returns only when the event is safe, even if the program is killed then.
+    """Prints one event as a line.
 
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
+    - Don't return before the event is safe: printed, written to a file or to a database.
     - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.

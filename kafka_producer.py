@@ -29,9 +29,11 @@ from faker import Factory
 # What happens to an event:
 # 1. produce() puts it into a queue.
 # 2. A thread of the library sends it.
-# 3. When the broker answers, or after two minutes without an answer, the library makes a delivery report: delivered or
-#    failed. Failed means not confirmed; the event may be stored all the same.
-# 4. poll() passes the report to on_delivery(). Without poll() no report arrives, so we wait in it, not in sleep().
+# 3. The library makes a delivery report:
+#    - delivered: the broker has confirmed it.
+#    - failed, because the broker refused it: it is not stored.
+#    - failed, because no confirmation came in two minutes: perhaps it is stored.
+# 4. poll() calls on_delivery() with the report. Without poll() no report arrives, so we wait in poll(), not in sleep().
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -53,6 +55,7 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
+    # Three objects of ours; Kafka begins with Producer(settings).
     # run.log() and run.write() write to the log file and the terminal. run.stopped is true after a failure or Ctrl-C.
     run = Run(args.log_file)
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
@@ -75,7 +78,8 @@ def main():
     made = 0
     try:
         while made < args.count and not run.stopped:
-            too_early = time.monotonic() < start + made * args.interval
+            due = start + made * args.interval  # When to make the next event.
+            too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
                 producer.poll(0.01)  # Wait, up to 10 ms. If reports come, this passes them on: step 4.
@@ -93,9 +97,9 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Unconfirmed events could be lost if we ended now. So wait for their delivery reports, as producer.flush()
-        # does: two minutes at most (delivery.timeout.ms). But after Ctrl-C this gives up sooner, in five seconds.
+        # does: two minutes at most (delivery.timeout.ms). But five seconds after Ctrl-C this calls the rest failed.
         wait_for_reports(producer, run, args.topic)
-        failed = made - report.delivered  # Refused, or not confirmed.
+        failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
 
@@ -142,8 +146,8 @@ class Report:
             # Makes run.stopped true. So main() makes no more events, since they would most likely fail too. Those in
             # the queue are still sent.
             self.run.stop(exit_status=1)
-            # A failed event may be stored all the same. If you passed it to produce() again, it would get a new number,
-            # so idempotence would not help, and it could be there twice. Look into the topic first.
+            # If no confirmation came, the event may be stored all the same. If you passed it to produce() again, it
+            # would get a new number, and could be there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
