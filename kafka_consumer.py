@@ -78,7 +78,7 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # For example, another consumer has taken our place in the group.
+                except KafkaException as error:  # Another consumer has taken our place in the group, for example.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
@@ -335,12 +335,16 @@ def handle_signals(handler):
 
 def returns_within(seconds, function):
     """Calls a function that waits for Kafka, and returns whether it returned in time."""
-    thread = threading.Thread(target=function, daemon=True)  # Daemon: the end of the program does not wait for it.
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    returned = threading.Event()
+
+    def call():
+        function()
+        returned.set()
+
+    threading.Thread(target=call, daemon=True).start()  # Daemon: the end of the program does not wait for it.
+    if not returned.wait(seconds):
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
-    return not thread.is_alive()
+    return returned.is_set()
 
 
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.

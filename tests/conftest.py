@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -84,21 +85,48 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_configure_node(node):
     """Called by xdist before it starts a worker: one cluster serves the tests of all that leave it as it is."""
-    node.workerinput["shared_cluster"] = EXTERNAL or cluster_of_all_workers(node.config).bootstrap_servers
+    node.workerinput["shared_cluster"] = EXTERNAL or str(cluster_of_all_workers(node.config))
 
 
 @functools.cache
 def cluster_of_all_workers(config):
-    # A download beside the tests could take longer than a test may.
-    first, *others = KAFKA_VERSIONS.values()
-    class_path(first)
-    with ThreadPoolExecutor() as executor:
-        downloads = executor.map(class_path, others)
-        learn_classes()
-    list(downloads)  # Raises what they raised.
+    """Starts a cluster while the workers start; returns the path of the file that will tell its bootstrap servers.
+
+    The file is empty if there is none: a thread can't end the tests, but each worker can.
+    """
     clusters = contextlib.ExitStack()
     config.add_cleanup(clusters.close)
-    return clusters.enter_context(new_cluster())
+    DATA.mkdir(exist_ok=True)
+    file = Path(clusters.enter_context(tempfile.TemporaryDirectory(dir=DATA))) / "shared_cluster"
+
+    def start():
+        servers = ""
+        try:
+            first, *others = KAFKA_VERSIONS.values()
+            class_path(first)
+            with ThreadPoolExecutor() as executor:
+                downloads = executor.map(class_path, others)
+                learn_classes()
+            list(downloads)  # Raises what they raised.
+            servers = clusters.enter_context(new_cluster()).bootstrap_servers
+        finally:
+            file.with_suffix(".new").write_text(servers)
+            file.with_suffix(".new").rename(file)
+
+    thread = threading.Thread(target=start)
+    clusters.callback(thread.join)
+    thread.start()
+    return file
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Called by pytest before the first test. A download beside the tests could take longer than a test may."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker and not EXTERNAL:
+        file = Path(worker["shared_cluster"])
+        wait_until(file.exists, "the shared cluster", limit=600)
+        worker["shared_cluster"] = file.read_text() or pytest.exit("there is no cluster", returncode=1)
 
 
 def learn_classes():
