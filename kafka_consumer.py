@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # Who does step 3? By default poll() does (True), before we process the event: killed in between, we may lose it.
-    # With False we do it ourselves, afterwards: killed in between, we get it again. Step 4 stays automatic.
+    # Who does step 3, the note in memory? By default (True) poll() does, before we process the event: killed in
+    # between, we may lose it. With False we do it ourselves, afterwards: killed in between, we get it again.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 
@@ -62,7 +62,7 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. In a rebalance poll() calls one of these three.
+            # Joins the group. In a rebalance poll() calls one of these three, which are defined below.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # No group: nothing is committed.
@@ -113,7 +113,7 @@ def on_assign(consumer, partitions):
 
 
 def on_revoke(consumer, partitions):
-    """A rebalance, or close(), takes partitions away. The library commits their stored offsets after this."""
+    """A rebalance, or close() in another thread, takes partitions away. Then their stored offsets are committed."""
     tell_partitions("Gave up partitions", partitions)
 
 
@@ -192,7 +192,7 @@ class End:
     def count_idle(self):
         """Tells if we have had no partitions for long; with --exit this ends the program."""
         self.idle += 1
-        if self.idle == 10:
+        if self.idle == 20:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
         if self.idle == 120 and self.exit_when_all_is_read:

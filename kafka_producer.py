@@ -38,8 +38,9 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # Replicas that are up to date are "in sync". The leader confirms an event when all of those have it. If there are
-    # fewer than the topic demands (min.insync.replicas), it refuses the event, and the library tries again.
+    # Say a topic has three replicas, all up to date ("in sync"), and min.insync.replicas=2. All three must have an
+    # event before the leader confirms it. If one is down, the two that are left are enough. If two are down, one is
+    # too few: the leader refuses events, and the library tries again.
     "acks": "all",
     # A confirmation can get lost. Then the library sends the event again. So each event has a number, and the leader
     # drops a number that it already has.
@@ -93,11 +94,12 @@ def main():
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
             producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
     except KafkaException as error:
-        # The library refuses the event, or it has hit a fatal error, that is, one after which it can't go on.
+        # The library refuses the event, or it has hit a fatal error, after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Unconfirmed events could be lost if we ended now. So wait for their delivery reports, as producer.flush()
-        # does: two minutes at most (delivery.timeout.ms). But five seconds after Ctrl-C this calls the rest failed.
+        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait: at most two
+        # minutes (delivery.timeout.ms), and after Ctrl-C at most five seconds. Where Ctrl-C may wait as long as the
+        # rest, call producer.flush() instead.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
