@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # Who does step 3, the note in memory? By default (True) poll() does, before we process the event: killed in
-    # between, we may lose it. With False we do it ourselves, afterwards: killed in between, we get it again.
+    # By default (True) poll() does step 3 before step 2. If step 4 comes, and the program is killed before step 2 ends,
+    # the event is lost. With False we do step 3 after step 2. If killed before step 4, the event comes again.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
 

@@ -97,9 +97,9 @@ def main():
         # The library refuses the event, or it has hit a fatal error, after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait: at most two
-        # minutes (delivery.timeout.ms), and after Ctrl-C at most five seconds. Where Ctrl-C may wait as long as the
-        # rest, call producer.flush() instead.
+        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait, like
+        # producer.flush(), at most two minutes (delivery.timeout.ms), but after Ctrl-C only five seconds. Events without
+        # a report by then count as failed, though they may be stored.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
