@@ -98,8 +98,8 @@ def main():
         run.fail(error, args.topic)
     finally:
         # Events may still wait for their delivery reports, and could be lost if we ended now. So wait, like
-        # producer.flush(), at most two minutes (delivery.timeout.ms), but after Ctrl-C only five seconds. Events without
-        # a report by then count as failed, though they may be stored.
+        # producer.flush(), at most two minutes (delivery.timeout.ms), but after Ctrl-C only five seconds. Events
+        # without a report by then count as failed, though they may be stored.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
