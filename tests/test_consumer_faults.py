@@ -1,5 +1,6 @@
 """Consumers die and lose their broker: everything is printed, and twice only what a killed one printed."""
 
+import re
 import time
 
 import pytest
@@ -87,7 +88,8 @@ def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     assert consumer.lines == values
     # About one every ten seconds, and no word when it is over.
     assert 1 <= consumer.stderr.count("Can't connect") <= 2 + (time.monotonic() - begin) / 10
-    usual = ("Kafka Consumer", "Available", "Got", "Gave up", "Printed", "Can't connect", "Is Kafka running")
+    usual = ("Kafka Consumer", "Available topics", "Got partitions", "Gave up partitions", "Printed")
+    usual += ("Can't connect", "Is Kafka running")
     assert all(line.startswith(usual) for line in consumer.stderr.splitlines()), consumer.stderr
 
 
@@ -125,6 +127,8 @@ def test_another_consumer_joins_in_mid_run(scripts, cluster, topic, group, strat
     wait_until(lambda: {*first.lines, *second.lines} >= set(values), "all events")
     assert first.end() == second.end() == 0
     print(f"{len(first.lines) + len(second.lines) - len(values)} of {len(values)} printed twice")
+    # Nobody is told of none when a rebalance changes nothing for him.
+    assert not re.search(r"partitions: *$", first.stderr, re.MULTILINE)
     assert {*first.lines, *second.lines} == set(values)
 
 

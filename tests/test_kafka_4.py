@@ -82,6 +82,7 @@ def test_another_consumer_joins_and_leaves_in_mid_run(scripts, consumer, cluster
     assert second.end() == 0
     wait_until(lambda: read_now(first) == EVERY_PARTITION, "all partitions to be back")
     assert told(first) == EVERY_PARTITION
+    assert not re.search(r"partitions: *$", first.stderr, re.MULTILINE)
 
     assert producer.end() == 130
     stored = {(record.partition, record.offset) for record in read_topic(cluster, topic, partitions=4)}
