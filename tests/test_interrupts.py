@@ -9,7 +9,7 @@ import pytest
 from conftest import numbered, produce, read_topic
 from faults import random_moments
 
-TIMES = [5, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
+TIMES = [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
 
 
 @pytest.mark.parametrize("times", TIMES)

@@ -109,7 +109,7 @@ def test_broker_killed_and_back_in_mid_run(scripts, consumer, cluster, topic, gr
     order = order_of_people(4000)
     create_topic(cluster, topic)
     consumers = [consumer(protocol, "-t", topic, "-G", group + protocol) for protocol in ("classic", "consumer")]
-    producer = scripts.producer("-t", topic, "-c", len(order), "-i", 0, *SAME_PEOPLE)
+    producer = scripts.producer("-t", topic, "-c", len(order), "-i", 0.0005, *SAME_PEOPLE)
     producer.wait_for_lines(moments.randint(100, 1500))
     cluster.brokers[0].kill()
     print(f"broker killed after {len(producer.lines) - 1} deliveries")
