@@ -47,12 +47,9 @@ SETTINGS = {
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
-        **SETTINGS,
-        **MORE_SETTINGS,  # Below the lesson.
-        **args.settings,  # From --config and the other options.
-        **trouble.hooks,  # Methods of trouble, which the library calls in poll() and close().
-    }
+    # SETTINGS would do for a start. args.settings come from --config and the other options. With trouble.hooks poll()
+    # and close() call methods of trouble. The dicts are merged; if a setting is in two of them, the later one wins.
+    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
         consumer = Consumer(settings)
     tell("Kafka Consumer has been initiated...")
@@ -83,7 +80,8 @@ def main():
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # Step 4, a last commit. Also leaves the group. If the broker is gone, close() may hang; so wait eight seconds.
+        # Step 4, a last commit. Also leaves the group. If the broker is gone, close() hangs. So give it eight seconds:
+        # after ten, docker stop kills a program without a word.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -128,6 +126,7 @@ def on_lost(consumer, partitions):
 
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
 # What --config can't change.
@@ -341,8 +340,10 @@ def returns_within(seconds, function):
         function()
         returned.set()
 
-    threading.Thread(target=call, daemon=True).start()  # Daemon: the end of the program does not wait for it.
-    if not returned.wait(seconds):
+    thread = threading.Thread(target=call, daemon=True)  # Daemon: the end of the program does not wait for it.
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
     return returned.is_set()
 

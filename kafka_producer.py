@@ -38,9 +38,8 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # Say a topic has three replicas, all up to date ("in sync"), and min.insync.replicas=2. All three must have an
-    # event before the leader confirms it. If one is down, the two that are left are enough. If two are down, one is
-    # too few: the leader refuses events, and the library tries again.
+    # The leader confirms an event when all replicas that are up to date have it. Our cluster of one broker has only one
+    # replica of each partition; README has an example with three.
     "acks": "all",
     # A confirmation can get lost. Then the library sends the event again. So each event has a number, and the leader
     # drops a number that it already has.
@@ -48,7 +47,7 @@ SETTINGS = {
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     # How a key becomes the number of a partition: as in Java programs, so that both can write to one topic.
     "partitioner": "murmur2_random",
-}  # MORE_SETTINGS, below the lesson, holds those for networks, for the memory, and against two bugs of the library.
+}  # MORE_SETTINGS, below the lesson, holds those for networks and memory, and two that avoid bugs of the library.
 # At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
 # limit the memory could run full. If the program is killed, events that still wait may be lost.
 MAX_UNCONFIRMED = 10_000
@@ -61,16 +60,13 @@ def main():
     run = Run(args.log_file)
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-    settings = {  # SETTINGS would do for a start. If a setting occurs twice, the lower line wins.
-        **SETTINGS,
-        **MORE_SETTINGS,  # Below the lesson.
-        **args.settings,  # From --config and the other options.
-        **trouble.hooks,  # Methods of trouble, which the library calls in poll().
-    }
+    # SETTINGS would do for a start. args.settings come from --config and the other options. With trouble.hooks poll()
+    # calls methods of trouble. The dicts are merged; if a setting is in two of them, the later one wins.
+    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
         producer = Producer(settings)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
-    fake.seed_instance(args.seed)
+    fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
     run.write("Kafka Producer has been initiated...", sys.stdout)
     stop_on_signals(run)
@@ -97,9 +93,9 @@ def main():
         # The library refuses the event, or it has hit a fatal error, after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait, like
-        # producer.flush(), at most two minutes (delivery.timeout.ms), but after Ctrl-C only five seconds. Events
-        # without a report by then count as failed, though they may be stored.
+        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait, at most two
+        # minutes (delivery.timeout.ms). producer.flush() waits too, but would not end soon after Ctrl-C, as this does:
+        # in five seconds. Events without a report by then count as failed, though they may be stored.
         wait_for_reports(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
