@@ -38,18 +38,18 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default (True) poll() does step 3 before step 2. If step 4 comes, and the program is killed before step 2 ends,
-    # the event is lost. With False we do step 3 after step 2. If killed before step 4, the event comes again.
+    # By default (True) poll() stores the offset before we process the event. If a commit follows, and the program is
+    # killed before process() has ended, the event is lost. With False we store it after process(): it comes again.
     "enable.auto.offset.store": False,
-}  # MORE_SETTINGS, below the lesson, holds the settings for networks and for speed.
+}  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
 
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    # SETTINGS would do for a start. args.settings come from --config and the other options. With trouble.hooks poll()
-    # and close() call methods of trouble. The dicts are merged; if a setting is in two of them, the later one wins.
-    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
+    # args.settings: MORE_SETTINGS, --config and other options. trouble.hooks: functions that the library calls in
+    # poll() and close(). Of two values for one setting the later one wins.
+    settings = SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
         consumer = Consumer(settings)
     tell("Kafka Consumer has been initiated...")
@@ -59,15 +59,15 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. In a rebalance poll() calls one of these three, which are defined below.
+            # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # No group: nothing is committed.
+            assign_partitions(consumer, args.topic, args.from_offset)  # All, without joining. Commits are off then.
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
             message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
             if message is None:  # No event has come.
-                end.look()  # With --exit: is all read?
+                end.look()  # Is all read (--exit)? Or have we no partitions? That is told after ten seconds.
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:  # An event.
@@ -75,13 +75,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # Another consumer has taken our place in the group, for example.
+                except KafkaException as error:  # For example, if another program has taken our place for good.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # Step 4, a last commit. Also leaves the group. If the broker is gone, close() hangs. So give it eight seconds:
-        # after ten, docker stop kills a program without a word.
+        # Step 4, a last commit. Also leaves the group. If no broker answers, close() waits for long; so give it eight
+        # seconds.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -111,7 +111,7 @@ def on_assign(consumer, partitions):
 
 
 def on_revoke(consumer, partitions):
-    """A rebalance, or close() in another thread, takes partitions away. Then their stored offsets are committed."""
+    """A rebalance, or close(), takes partitions away. Then their stored offsets are committed."""
     tell_partitions("Gave up partitions", partitions)
 
 
@@ -201,7 +201,7 @@ class End:
 def handle_error(message, topic, end):
     """Handles what poll() returns besides events. Ends the program if the error is a lasting one."""
     error = message.error()
-    # With one of these texts the library does not ask again, and would never begin to read (librdkafka issue 5586).
+    # With one of these texts librdkafka 2.16 does not ask again, and would never begin to read (its issue 5586).
     no_start = re.match(r"Failed to fetch committed offset(s for \d| for group)", error.str())
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         end.partition_ends(message)
@@ -239,8 +239,10 @@ class Trouble:
         self.commit_failed = error is not None
 
     def log(self, level, template, facility, client, text):
-        """The library logs something. Most is also reported elsewhere, but not that unread events were deleted, or why
-        partitions were lost.
+        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere, but not that
+        unread events were deleted (OFFSET), or why partitions were lost (SESSTMOUT).
+
+        Settings that "will be ignored" are those for producers, in a --config file for both scripts.
         """
         if level == logging.DEBUG:
             tell(template % (facility, client, text))
@@ -261,10 +263,10 @@ def tell_partitions(what, partitions):
 
 def write_out(line):
     """Writes a line to standard output at once, in UTF-8. If that is not possible, it ends the program."""
-    rest = f"{line}\n".encode()
+    rest = f"{line}\n".encode(errors="backslashreplace")
     try:
         while rest:
-            written = os.write(1, rest)  # Much faster than print(line, flush=True), but may write only a part.
+            written = os.write(1, rest)  # Faster than print(flush=True), but may write only a part.
             rest = rest[written:]
     except OSError as error:
         sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
@@ -298,7 +300,7 @@ def wait_for_kafka(consumer, args):
             # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
         except KafkaException:
-            seconds = min(2 * seconds, 8)
+            seconds = min(2 * seconds, 8)  # Some clusters need more time. The first try is short, to tell errors soon.
             continue
         if error is None or not must_exist:
             tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
@@ -333,7 +335,10 @@ def handle_signals(handler):
 
 
 def returns_within(seconds, function):
-    """Calls a function that waits for Kafka, and returns whether it returned in time."""
+    """Calls a function that waits for Kafka in a thread of its own, and returns whether it returned in time.
+
+    Docker kills a program ten seconds after it was told to end. close() calls on_revoke() in that thread.
+    """
     returned = threading.Event()
 
     def call():
@@ -393,7 +398,8 @@ def start_offset(text):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Prints the events of a Kafka topic, one per line, and goes on where its consumer group left off.",
-        epilog="Exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call.",
+        epilog="Exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call; 130 or 143 ended by Ctrl-C or "
+        "SIGTERM before it had begun, or by a second one.",
     )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
@@ -413,7 +419,7 @@ def parse_arguments():
         parser.error(f"--max-messages {args.max_messages} is negative")
     for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
-    args.settings = args.config.copy()
+    args.settings = MORE_SETTINGS | args.config
     if args.bootstrap_servers:
         args.settings.pop("metadata.broker.list", None)  # Another name for the same.
         args.settings["bootstrap.servers"] = args.bootstrap_servers

@@ -38,16 +38,21 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The leader confirms an event when all replicas that are up to date have it. Our cluster of one broker has only one
-    # replica of each partition; README has an example with three.
+    # The leader confirms an event when all replicas that are up to date have it. How many these must be at least, the
+    # cluster says: with three replicas two are usual, so that a confirmed event survives the loss of a broker. Our
+    # cluster of one broker has only one replica of each partition, and no such protection.
     "acks": "all",
     # A confirmation can get lost. Then the library sends the event again. So each event has a number, and the leader
-    # drops a number that it already has.
+    # drops an event whose number it has seen.
     "enable.idempotence": True,
+    # The library sends events in requests, here one at a time. With the default of five at a time, an event was stored
+    # twice now and then when another broker took over a partition (librdkafka issue 4953).
+    "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # How a key becomes the number of a partition: as in Java programs, so that both can write to one topic.
+    # Determines the partition from the key as Java programs do, so that both can write to one topic. "random" is for
+    # events without a key.
     "partitioner": "murmur2_random",
-}  # MORE_SETTINGS, below the lesson, holds those for networks and memory, and two that avoid bugs of the library.
+}  # MORE_SETTINGS, below the lesson, are for networks and memory.
 # At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
 # limit the memory could run full. If the program is killed, events that still wait may be lost.
 MAX_UNCONFIRMED = 10_000
@@ -55,14 +60,12 @@ MAX_UNCONFIRMED = 10_000
 
 def main():
     args = parse_arguments()
-    # Three objects of ours; Kafka begins with Producer(settings).
-    # run.log() and run.write() write to the log file and the terminal. run.stopped is true after a failure or Ctrl-C.
-    run = Run(args.log_file)
+    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-    # SETTINGS would do for a start. args.settings come from --config and the other options. With trouble.hooks poll()
-    # calls methods of trouble. The dicts are merged; if a setting is in two of them, the later one wins.
-    settings = SETTINGS | MORE_SETTINGS | args.settings | trouble.hooks
+    # args.settings: MORE_SETTINGS, --config and other options. trouble.hooks: functions that the library calls in
+    # poll(). Of two values for one setting the later one wins.
+    settings = SETTINGS | args.settings | trouble.hooks
     with refusals_told():  # If the library refuses a setting, that ends the program.
         producer = Producer(settings)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
@@ -79,7 +82,7 @@ def main():
             too_early = time.monotonic() < due
             too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
             if too_early or too_many:
-                producer.poll(0.01)  # Wait, up to 10 ms. If reports come, this passes them on: step 4.
+                producer.poll(0.01)  # Wait up to 10 ms. If reports come (step 4), fewer events are without one.
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
@@ -93,10 +96,10 @@ def main():
         # The library refuses the event, or it has hit a fatal error, after which it can't go on.
         run.fail(error, args.topic)
     finally:
-        # Events may still wait for their delivery reports, and could be lost if we ended now. So wait, at most two
-        # minutes (delivery.timeout.ms). producer.flush() waits too, but would not end soon after Ctrl-C, as this does:
-        # in five seconds. Events without a report by then count as failed, though they may be stored.
-        wait_for_reports(producer, run, args.topic)
+        # Events may still wait for their delivery reports, and could be lost if we ended now. So call producer.flush(),
+        # which waits until all have come, at most two minutes. After Ctrl-C we wait for five seconds only; then the
+        # library reports the rest as failed, though they may be stored.
+        flush_all(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
@@ -108,7 +111,7 @@ def registration(fake):
     For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
     events without a key remove that line, and key=key from the call of produce(); they go to random partitions.
     With --count 0 and --interval 0 it is called without limit and pause, until it returns None.
-    Don't wait for data in here: meanwhile no reports are passed on.
+    While it waits for data, no reports are passed on, and Ctrl-C has to wait too. So it should never wait for long.
     """
     return {
         "user_id": fake.random_int(20000, 100000),
@@ -141,8 +144,8 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            # Makes run.stopped true. So main() makes no more events, since they would most likely fail too. Those in
-            # the queue are still sent.
+            # Ends the loop in main(), since the next events would most likely fail too. The library still sends those
+            # in the queue.
             self.run.stop(exit_status=1)
             # If no confirmation came, the event may be stored all the same. If you passed it to produce() again, it
             # would get a new number, and could be there twice. Look into the topic first.
@@ -156,12 +159,10 @@ class Report:
 # End of the lesson. ---------------------------------------------------------------------------------------------------
 
 MORE_SETTINGS = {
-    # Sends the next request to a broker when the last one is answered. With the default of five, an event was stored
-    # twice now and then when another broker took over a partition (librdkafka issue 4953); with one never.
-    "max.in.flight.requests.per.connection": 1,
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "statistics.interval.ms": 5_000,  # How often Trouble.on_statistics() is called.
-    "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
+    # If a broker does not answer for 40 seconds, connect anew and ask again. If replicas are slow, it answers after 30.
+    "socket.timeout.ms": 40_000,
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For the first 33 minutes this
     # makes the library ignore that; later, events fail. More can't be set: from 36 minutes on its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
@@ -186,7 +187,8 @@ class Run:
 
     def __init__(self, log_file):
         with refusals_told():
-            self.log_file = open(log_file, "a", encoding="utf-8")
+            self.log_file = open(log_file, "ab")
+        self.broken = set()  # Files that could not be written to. They are left alone from then on.
         self.exit_status = 0
         self.give_up_at = math.inf
 
@@ -210,12 +212,16 @@ class Run:
         self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
 
     def write(self, line, file):
-        """Writes a line at once. If that is not possible, it is told on stderr and ends the sending."""
+        """Writes a line at once, in UTF-8. If that is not possible, it is told on stderr and ends the sending."""
+        if file in self.broken:
+            return
+        rest = f"{line}\n".encode(errors="backslashreplace")
         try:
-            print(line, file=file, flush=True)
+            while rest:
+                written = os.write(file.fileno(), rest)  # Faster than print(flush=True), but may write only a part.
+                rest = rest[written:]
         except OSError as error:
-            # From now on the file discards everything, also what Python still has to write to it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            self.broken.add(file)
             self.stop(exit_status=1)
             name = "standard output" if file is sys.stdout else file.name
             self.write(f"kafka_producer.py: can't write to {name}: {error.strerror}", sys.stderr)
@@ -253,7 +259,10 @@ class Trouble:
         self.delivered_before = self.report.delivered
 
     def log(self, level, template, facility, client, text):
-        """The library logs something. Most of it is also reported elsewhere."""
+        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
+
+        Settings that "will be ignored" are those for consumers, in a --config file for both scripts.
+        """
         if level == logging.DEBUG:
             self.run.write(template % (facility, client, text), sys.stderr)
         elif facility == "CONFWARN" and "will be ignored" not in text:
@@ -287,7 +296,7 @@ def find_topic(producer, topic):
         except KafkaException as exception:
             if exception.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
                 sys.exit(f"kafka_producer.py: can't write to topic {topic}: {reason(exception)}")
-            seconds = min(2 * seconds, 8)
+            seconds = min(2 * seconds, 8)  # Some clusters need more time. The first try is short, to tell errors soon.
             continue
         if error is None:
             return
@@ -311,20 +320,15 @@ def stop_on_signals(run):
     signal.signal(signal.SIGTERM, on_signal)
 
 
-def wait_for_reports(producer, run, topic):
-    """Calls poll() until there is a report for each event. After Ctrl-C it gives up in five seconds.
-
-    flush() would wait on after Ctrl-C, and it would raise an exception after a fatal error.
-    """
-    while True:
+def flush_all(producer, run, topic):
+    """Calls producer.flush() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
+    while len(producer) > 0:
         if time.monotonic() > run.give_up_at:
             producer.purge()  # What is not confirmed is reported as failed.
         try:
-            producer.poll(0.01)
+            producer.flush(0.1)
         except KafkaException as error:  # Fatal. If produce() met it first, only this says why.
             run.fail(error, topic)
-        if len(producer) == 0:
-            return
 
 
 def properties(path):
@@ -372,7 +376,7 @@ def parse_arguments():
     args.count = args.count or math.inf
     for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
-    args.settings = args.config.copy()
+    args.settings = MORE_SETTINGS | args.config
     if args.bootstrap_servers:
         args.settings.pop("metadata.broker.list", None)  # Another name for the same.
         args.settings["bootstrap.servers"] = args.bootstrap_servers
@@ -383,5 +387,4 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
     if None in (sys.stdout, sys.stderr):
         sys.exit("kafka_producer.py: standard output or standard error is closed")
-    sys.stdout.reconfigure(encoding="utf-8")  # Whatever the terminal is set to.
     main()

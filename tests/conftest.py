@@ -44,13 +44,20 @@ INTERVAL = 0.05  # Seconds from one look to the next.
 # worker busy after all others.
 OWN_CLUSTERS = ["test_absent_broker", "test_faults", "test_readme", "test_security", "test_consumer_faults"]
 OWN_CLUSTERS += ["test_kafka_4", "test_local_cluster", "test_brokers"]
-# A test that waits for a minute: so it comes before all others.
+# The files whose tests run while Kafka is being downloaded and started.
+WITHOUT_KAFKA = ["test_without_kafka", "test_compose"]
+# A test that waits for a minute: so it comes before all others that need Kafka.
 IDLE = "test_exit_when_others_of_the_group_have_all_partitions"
 
 
 def pytest_collection_modifyitems(items):
     """Called by pytest with the tests in the order in which they are to run."""
-    items.sort(key=lambda item: (item.originalname != IDLE, [*OWN_CLUSTERS, item.path.stem].index(item.path.stem)))
+
+    def place(item):
+        files = [*OWN_CLUSTERS, item.path.stem]
+        return item.path.stem not in WITHOUT_KAFKA, item.originalname != IDLE, files.index(item.path.stem)
+
+    items.sort(key=place)
 
 
 def pytest_assertrepr_compare(op, left, right):
@@ -85,7 +92,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_configure_node(node):
     """Called by xdist before it starts a worker: one cluster serves the tests of all that leave it as it is."""
-    node.workerinput["shared_cluster"] = EXTERNAL or str(cluster_of_all_workers(node.config))
+    if not EXTERNAL:
+        node.workerinput["shared_cluster"] = str(cluster_of_all_workers(node.config))
 
 
 @functools.cache
@@ -119,14 +127,16 @@ def cluster_of_all_workers(config):
     return file
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session):
-    """Called by pytest before the first test. A download beside the tests could take longer than a test may."""
-    worker = getattr(session.config, "workerinput", None)
-    if worker and not EXTERNAL:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Called by pytest around each test, and around its timeout: a download can take longer than a test may."""
+    worker = getattr(item.config, "workerinput", None)
+    if worker and not EXTERNAL and item.path.stem not in WITHOUT_KAFKA:
         file = Path(worker["shared_cluster"])
         wait_until(file.exists, "the shared cluster", limit=600)
-        worker["shared_cluster"] = file.read_text() or pytest.exit("there is no cluster", returncode=1)
+        if not file.read_text():
+            pytest.exit("there is no cluster", returncode=1)
+    return (yield)
 
 
 def learn_classes():
@@ -298,11 +308,12 @@ def new_cluster(compose_file=COMPOSE_FILE, tick_time=None, settings=None, **opti
 @pytest.fixture(scope="session")
 def shared_cluster(pytestconfig):
     """The cluster of the tests that leave it as it is: its bootstrap_servers and client_config."""
-    servers = getattr(pytestconfig, "workerinput", {}).get("shared_cluster", EXTERNAL)
-    if servers is None:
+    worker = getattr(pytestconfig, "workerinput", None)
+    if worker is None and not EXTERNAL:
         with new_cluster() as cluster:
             yield cluster
         return
+    servers = EXTERNAL or Path(worker["shared_cluster"]).read_text()
     cluster = SimpleNamespace(bootstrap_servers=servers, client_config={"bootstrap.servers": servers, "log_level": 0})
     yield cluster
     if EXTERNAL:
@@ -454,6 +465,15 @@ def press_again(script, signum):
 
     wait_until(ended, ["the end of", script], limit=2)
     return script.process.returncode
+
+
+def assert_wrong_call(script):
+    """A line that says what is wrong; before it there may be how to call the script."""
+    assert script.stdout == ""
+    *usage, error = script.stderr.splitlines()
+    assert error.startswith(f"kafka_{script.name}.py: ")
+    assert not usage or usage[0].startswith("usage: ")
+    assert all(line.startswith(" ") for line in usage[1:])
 
 
 def numbered(count):

@@ -30,35 +30,6 @@ import kafka_producer
 pytestmark = pytest.mark.breaks_cluster
 
 
-def test_nobody_there(scripts):
-    """The first of at most four messages within 3 seconds, and the end after 30."""
-    address = f"localhost:{free_port()}"
-    pair = scripts.producer(servers=address), scripts.consumer(servers=address)
-    for script in pair:
-        script.wait_for_library()
-        script.wait_for_stderr("docker compose up", limit=3)
-        problem, hint = script.stderr.splitlines()[-2:]
-        assert problem.startswith(f"Can't connect: {address}/")
-        assert re.search(r"Connection refused \(after \d+ms in state CONNECT\)$", problem)
-        assert hint.startswith("Is Kafka running")
-    for script in pair:
-        assert script.wait(33) == 1
-        assert script.stderr.splitlines()[-1] == f"kafka_{script.name}.py: no answer from Kafka for 30 seconds"
-        assert 1 <= script.stderr.count("Can't connect") <= 4
-        assert script.stdout == ""
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_nobody_is_there(scripts, signum):
-    """Nothing is at stake: they end as the system ends programs, which is status 130 or 143 in a shell."""
-    address = f"localhost:{free_port()}"
-    pair = scripts.producer(servers=address), scripts.consumer(servers=address)
-    for script in pair:
-        script.wait_for_stderr("Can't connect")
-    for script in pair:
-        assert script.end(signum, limit=2) == -signum
-
-
 def test_started_before_the_broker(scripts, cluster, topic, group):
     """Also to read to the end, though the broker may not know its topics yet when it begins to answer."""
     old = f"{topic}-old"

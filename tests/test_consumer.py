@@ -182,25 +182,6 @@ def test_events_reach_a_pipe_at_once(scripts, cluster, filled, group):
     consumer.process.stdout.close()
 
 
-WRONG_CALLS = {
-    "offset is no number": (["--from-offset", "x"], "x"),
-    "negative number": (["-c", "-1"], "--max-messages"),
-    "no number": (["-c", "many"], "many"),
-    "a group of a variable that is not set": (["-G", ""], "--group"),
-    "a setting that the script needs": (["-F", "commit.properties"], "enable.auto.commit"),
-}
-
-
-@pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
-def test_wrong_calls(scripts, topic, options, named):
-    (scripts.folder / "commit.properties").write_text("enable.auto.commit=false")
-    consumer = scripts.consumer("-t", topic, *options)
-    assert consumer.wait() == 2
-    assert consumer.stdout == ""
-    assert consumer.stderr.splitlines()[-1].startswith("kafka_consumer.py: ")
-    assert named in consumer.stderr.splitlines()[-1]
-
-
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, filled, group):
     config = scripts.folder / "client.properties"
     config.write_text(f"bootstrap.servers={cluster.bootstrap_servers}\ngroup.id={group}\n")
@@ -247,14 +228,3 @@ def test_available_topics(scripts, filled):
     assert consumer.wait() == 0
     (line,) = [line for line in consumer.stderr.splitlines() if line.startswith("Available topics to consume: ")]
     assert filled in line.removeprefix("Available topics to consume: ").split(", ")
-
-
-def test_help(scripts):
-    consumer = scripts.consumer("--help")
-    assert consumer.wait() == 0
-    options = "-b -t -F -G -o -c -e -v --from-offset"
-    for option in options.split():
-        assert option in consumer.stdout
-    for default in ("localhost:9092", "user-tracker", "python-consumer"):
-        assert f"default: {default}" in " ".join(consumer.stdout.split())
-    assert "Exit status: 0 done" in consumer.stdout

@@ -7,7 +7,7 @@ import signal
 import string
 
 import pytest
-from conftest import create_topic, produce, read_topic, wait_until
+from conftest import assert_wrong_call, create_topic, produce, read_topic, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -127,24 +127,6 @@ def test_an_event_that_the_library_refuses(scripts, cluster, topic):
     assert read_topic(cluster, topic) == []
 
 
-ILLEGAL = {
-    "empty": "",
-    "slash": "a/b",
-    "250 characters": "x" * 250,
-    "accent": "é",
-    # How Python shows bytes that are not UTF-8.
-    "bytes": b"b\xff\xfe".decode(errors="surrogateescape"),
-}
-
-
-@pytest.mark.parametrize("name", ILLEGAL.values(), ids=ILLEGAL)
-def test_topic_names_that_are_not_legal(scripts, name):
-    for script in (scripts.producer("-t", name), scripts.consumer("-t", name)):
-        assert script.wait(10) == 2
-        assert_wrong_call(script)
-        assert script.stderr.splitlines()[-1].startswith(f"kafka_{script.name}.py: error: {name!r} is no topic")
-
-
 def test_a_name_that_only_the_broker_refuses(scripts):
     """Two dots: the rule of the rest, up to 249 letters, digits, dots, underscores and hyphens, allows them."""
     for script in (scripts.producer("-t", ".."), scripts.consumer("-t", "..", "--exit")):
@@ -166,36 +148,6 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
     assert re.match(rf"kafka_consumer.py: can't read topic {topic}: .*fenced", first.stderr.splitlines()[-1])
     second.wait_for_stderr("Got partitions")
     assert second.end() == 0
-
-
-def assert_wrong_call(script):
-    """A line that says what is wrong; before it there may be how to call the script."""
-    assert script.stdout == ""
-    *usage, error = script.stderr.splitlines()
-    assert error.startswith(f"kafka_{script.name}.py: ")
-    assert not usage or usage[0].startswith("usage: ")
-    assert all(line.startswith(" ") for line in usage[1:])
-
-
-REFUSED = {  # The file's content, None for no file at all, and what the error names.
-    "missing": (None, "No such file"),
-    "unknown property": (b"no.such.property=1", "no.such.property"),
-    "empty value": (b"client.id=", "line 1"),
-    "line without =": (b"client.id=x\nsasl.password secret", "line 2"),
-    "not text": (b"\xff\xfe=1", "client.properties"),
-}
-
-
-@pytest.mark.parametrize(("content", "named"), REFUSED.values(), ids=REFUSED)
-def test_configurations_that_are_refused(scripts, topic, content, named):
-    path = scripts.folder / "client.properties"
-    if content is not None:
-        path.write_bytes(content)
-    for script in (scripts.producer("-t", topic, "-F", path), scripts.consumer("-t", topic, "-F", path)):
-        assert script.wait(10) == 2
-        assert_wrong_call(script)
-        assert named in script.stderr.splitlines()[-1]
-        assert "secret" not in script.stderr
 
 
 # Properties that do not make a broker unreachable, which takes 30 seconds to tell.

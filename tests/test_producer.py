@@ -3,8 +3,7 @@
 import json
 import signal
 
-import pytest
-from conftest import create_topic, read_topic
+from conftest import read_topic
 
 
 def delivered(producer):
@@ -70,52 +69,3 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scri
     config.write_text("bootstrap.servers=localhost:1\n")
     assert scripts.producer("-t", topic, "-c", 1, "-i", 0, "-F", config).wait() == 0
     assert len(read_topic(cluster, topic)) == 3
-
-
-WRONG_CALLS = {
-    "unknown option": (["--wrong"], "--wrong"),
-    "no broker": (["-b", ""], "--bootstrap-servers"),
-    "count is no number": (["-c", "ten"], "ten"),
-    "negative count": (["-c", "-1"], "--count -1"),
-    "negative interval": (["-i", "-1"], "--interval -1"),
-    "endless interval": (["-i", "inf"], "inf"),
-    "no interval": (["-i", "nan"], "nan"),
-    "bad value": (["-F", "value.properties"], "acks"),
-    "contradiction": (["-F", "contradiction.properties"], "acks"),
-    "a setting that the script needs": (["-F", "queue.properties"], "queue.buffering.max.messages"),
-}
-
-
-@pytest.mark.parametrize(("options", "named"), WRONG_CALLS.values(), ids=WRONG_CALLS)
-def test_wrong_calls(scripts, cluster, topic, options, named):
-    create_topic(cluster, topic)
-    (scripts.folder / "value.properties").write_text("acks=some")
-    (scripts.folder / "contradiction.properties").write_text("acks=0")
-    (scripts.folder / "queue.properties").write_text("queue.buffering.max.messages=10")
-    producer = scripts.producer("-t", topic, *options)
-    assert producer.wait() == 2
-    assert producer.stdout == ""
-    assert producer.stderr.splitlines()[-1].startswith("kafka_producer.py: ")
-    assert named in producer.stderr.splitlines()[-1]
-    assert read_topic(cluster, topic) == []
-
-
-def test_a_log_file_that_cannot_be_opened(scripts, cluster, topic):
-    create_topic(cluster, topic)
-    for path in (".", "no-such-folder/producer.log"):
-        producer = scripts.producer("-t", topic, "--log-file", path)
-        assert producer.wait() == 2
-        (error,) = producer.stderr.splitlines()
-        assert error.startswith("kafka_producer.py: ")
-        assert path in error
-    assert read_topic(cluster, topic) == []
-
-
-def test_help(scripts):
-    producer = scripts.producer("--help")
-    assert producer.wait() == 0
-    for option in ["-b", "-t", "-c", "-i", "-F", "-q", "--log-file", "--seed"]:
-        assert option in producer.stdout
-    for default in ("localhost:9092", "user-tracker", "10", "1", "producer.log"):
-        assert f"default: {default}" in " ".join(producer.stdout.split())
-    assert "Exit status: 0 all delivered" in producer.stdout
