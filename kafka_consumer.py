@@ -62,7 +62,8 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # All, without joining. Commits are off then.
+            # Reads all partitions of the topic, without the group. Then step 4 is off, and step 3 has no effect.
+            assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
             message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
@@ -75,13 +76,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # For example, if another program has taken our place for good.
+                except KafkaException as error:  # Rare: another program has taken our place in the group.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # Step 4, a last commit. Also leaves the group. If no broker answers, close() waits for long; so give it eight
-        # seconds.
+        # consumer.close() does step 4 once more, and leaves the group. Without a broker it takes long: so we wait for
+        # eight seconds at most.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -92,15 +93,16 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: printed, written to a file or to a database.
+    - Don't return before the event is safe: printed (with flush=True), written to a file or to a database.
     - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
     """
-    line = printable(message.value())
+    line = printable(message.value())  # Without line feeds, and without what could steer a terminal.
     if verbose:
-        place = f"partition={message.partition()} offset={message.offset()} timestamp={message.timestamp()[1]}"
+        _, timestamp = message.timestamp()  # In milliseconds since 1970, UTC.
+        place = f"partition={message.partition()} offset={message.offset()} timestamp={timestamp}"
         line = f"{place} key={printable(message.key())} {line}"
     write_out(line)
 

@@ -38,28 +38,20 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # The leader confirms an event when all replicas that are up to date have it. How many these must be at least, the
-    # cluster says: with three replicas two are usual, so that a confirmed event survives the loss of a broker. Our
-    # cluster of one broker has only one replica of each partition, and no such protection.
-    "acks": "all",
-    # A confirmation can get lost. Then the library sends the event again. So each event has a number, and the leader
-    # drops an event whose number it has seen.
-    "enable.idempotence": True,
-    # The library sends events in requests, here one at a time. With the default of five at a time, an event was stored
-    # twice now and then when another broker took over a partition (librdkafka issue 4953).
-    "max.in.flight.requests.per.connection": 1,
+    "acks": "all",  # Confirmed means: stored by all replicas that are up to date, not by the leader alone.
+    "enable.idempotence": True,  # If a confirmation gets lost, the library sends the event again: still stored once.
+    "max.in.flight.requests.per.connection": 1,  # Also when another broker takes over (librdkafka issue 4953).
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # Determines the partition from the key as Java programs do, so that both can write to one topic. "random" is for
-    # events without a key.
-    "partitioner": "murmur2_random",
+    "partitioner": "murmur2_random",  # Chooses partitions as Java programs do: by the key, or without one at random.
 }  # MORE_SETTINGS, below the lesson, are for networks and memory.
-# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Without a
-# limit the memory could run full. If the program is killed, events that still wait may be lost.
+# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. If yours
+# are large, lower it. If the program is killed, events that still wait may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
 def main():
     args = parse_arguments()
+    # Three objects of ours, and then the library's Producer.
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
@@ -78,11 +70,11 @@ def main():
     made = 0
     try:
         while made < args.count and not run.stopped:
-            due = start + made * args.interval  # When to make the next event.
-            too_early = time.monotonic() < due
-            too_many = len(producer) >= MAX_UNCONFIRMED  # len(producer): events still without a delivery report.
+            # Two reasons to make no event now: it is too early, or too many events still have no delivery report.
+            too_early = time.monotonic() < start + made * args.interval
+            too_many = len(producer) >= MAX_UNCONFIRMED
             if too_early or too_many:
-                producer.poll(0.01)  # Wait up to 10 ms. If reports come (step 4), fewer events are without one.
+                producer.poll(0.01)  # Wait up to 10 ms, pass on the reports that come (step 4), and look again.
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
@@ -93,7 +85,7 @@ def main():
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
             producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
     except KafkaException as error:
-        # The library refuses the event, or it has hit a fatal error, after which it can't go on.
+        # produce() has refused the event, so that no report will come; or poll() says that the library can't go on.
         run.fail(error, args.topic)
     finally:
         # Events may still wait for their delivery reports, and could be lost if we ended now. So call producer.flush(),
