@@ -47,11 +47,11 @@ SETTINGS = {
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    # args.settings: MORE_SETTINGS, --config and other options. trouble.hooks: functions that the library calls in
-    # poll() and close(). Of two values for one setting the later one wins.
-    settings = SETTINGS | args.settings | trouble.hooks
+    # What the library calls in poll() and close(): when a connection fails, after a commit, and for what it logs.
+    callbacks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     with refusals_told():  # If the library refuses a setting, that ends the program.
-        consumer = Consumer(settings)
+        # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
+        consumer = Consumer(SETTINGS | args.settings | callbacks)
     tell("Kafka Consumer has been initiated...")
     wait_for_kafka(consumer, args)  # Prints which topics there are. Ends the program if there is no answer.
 
@@ -62,13 +62,13 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            # Reads all partitions of the topic, without the group. Then step 4 is off, and step 3 has no effect.
+            # Reads all partitions of the topic, without the group. Then enable.auto.commit is off: there is no step 4.
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
             message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
             if message is None:  # No event has come.
-                end.look()  # Is all read (--exit)? Or have we no partitions? That is told after ten seconds.
+                end.look()  # Ends the loop if all is read (--exit). Says so if we have had no partitions for long.
             elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
                 handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
             else:  # An event.
@@ -76,13 +76,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # Rare: another program has taken our place in the group.
+                except KafkaException as error:  # Rare: the group has replaced us by another program.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # consumer.close() does step 4 once more, and leaves the group. Without a broker it takes long: so we wait for
-        # eight seconds at most.
+        # consumer.close() commits once more (step 4), and leaves the group. Without a broker it takes long. So we wait
+        # for eight seconds at most.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -99,12 +99,17 @@ def process(message, verbose):
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
     """
-    line = printable(message.value())  # Without line feeds, and without what could steer a terminal.
+    line = text(message.value())
     if verbose:
         _, timestamp = message.timestamp()  # In milliseconds since 1970, UTC.
         place = f"partition={message.partition()} offset={message.offset()} timestamp={timestamp}"
-        line = f"{place} key={printable(message.key())} {line}"
+        line = f"{place} key={text(message.key())} {line}"
     write_out(line)
+
+
+def text(data):
+    r"""Returns bytes as text, with \xff and the like for what is not UTF-8; None as null."""
+    return "null" if data is None else data.decode(errors="backslashreplace")
 
 
 def on_assign(consumer, partitions):
@@ -118,8 +123,9 @@ def on_revoke(consumer, partitions):
 
 
 def on_lost(consumer, partitions):
-    """Called instead of on_revoke() when others may have the partitions already: because the group heard nothing from
-    us for 45 seconds (the program was suspended, for example), or because process() took five minutes.
+    """Called instead of on_revoke() when others may have the partitions already: Kafka has heard nothing of us for 45
+    seconds, though a thread of the library tells it that we are alive (the program was suspended, for example); or
+    process() took five minutes. Then it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -214,15 +220,9 @@ def handle_error(message, topic, end):
 
 
 class Trouble:
-    """Prints what goes wrong and is no reason to stop.
-
-    hooks: the settings by which the library calls the methods in poll() and close(): when a connection fails, after
-    each commit, and for what it logs.
-    commit_failed: whether the last commit failed.
-    """
+    """Prints what goes wrong and is no reason to stop. commit_failed: whether the last commit failed."""
 
     def __init__(self):
-        self.hooks = {"error_cb": self.on_error, "on_commit": self.on_commit, "logger": self}
         self.commit_failed = False
         self.silent_until = 0
 
@@ -263,8 +263,17 @@ def tell_partitions(what, partitions):
         tell(f"{what}: {', '.join(str(each.partition) for each in partitions)}")
 
 
+# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
 def write_out(line):
-    """Writes a line to standard output at once, in UTF-8. If that is not possible, it ends the program."""
+    r"""Writes text as one line to standard output, at once, in UTF-8, with \n, \x1b and the like for what is unsafe.
+
+    If it can't be written, that ends the program.
+    """
+    if not line.isprintable():
+        line = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
     rest = f"{line}\n".encode(errors="backslashreplace")
     try:
         while rest:
@@ -353,18 +362,6 @@ def returns_within(seconds, function):
     if thread.is_alive():
         tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
     return returned.is_set()
-
-
-# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(data):
-    r"""Returns bytes as one line of text, with \n, \x1b and the like for what is unsafe or not UTF-8; None as null."""
-    text = "null" if data is None else data.decode(errors="backslashreplace")
-    if text.isprintable():  # Faster.
-        return text
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def properties(path):

@@ -39,10 +39,12 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # Confirmed means: stored by all replicas that are up to date, not by the leader alone.
-    "enable.idempotence": True,  # If a confirmation gets lost, the library sends the event again: still stored once.
-    "max.in.flight.requests.per.connection": 1,  # Also when another broker takes over (librdkafka issue 4953).
+    # If a confirmation is lost, the library sends the event again, with the same number, and the leader drops the copy.
+    "enable.idempotence": True,
+    # Only one request at a time to each broker. With more, a few events were doubled when another broker took over.
+    "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # Chooses partitions as Java programs do: by the key, or without one at random.
+    "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks and memory.
 # At most this many events wait in memory for their delivery reports; then main() pauses until some have come. If yours
 # are large, lower it. If the program is killed, events that still wait may be lost.
@@ -55,11 +57,11 @@ def main():
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-    # args.settings: MORE_SETTINGS, --config and other options. trouble.hooks: functions that the library calls in
-    # poll(). Of two values for one setting the later one wins.
-    settings = SETTINGS | args.settings | trouble.hooks
+    # What the library calls in poll(): when a connection fails, every five seconds, and for what it logs.
+    callbacks = {"error_cb": trouble.on_error, "stats_cb": trouble.on_statistics, "logger": trouble}
     with refusals_told():  # If the library refuses a setting, that ends the program.
-        producer = Producer(settings)
+        # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
+        producer = Producer(SETTINGS | args.settings | callbacks)
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
@@ -80,17 +82,17 @@ def main():
             if event is None:  # There are no more.
                 break
             key = str(event["user_id"])
-            value = json.dumps(event, ensure_ascii=False)  # Text, which produce() encodes in UTF-8.
+            value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
             producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
     except KafkaException as error:
-        # produce() has refused the event, so that no report will come; or poll() says that the library can't go on.
+        # produce() has refused the event (too large, for example), so no report will come; or the library can't go on.
         run.fail(error, args.topic)
     finally:
-        # Events may still wait for their delivery reports, and could be lost if we ended now. So call producer.flush(),
-        # which waits until all have come, at most two minutes. After Ctrl-C we wait for five seconds only; then the
-        # library reports the rest as failed, though they may be stored.
+        # Events may still wait for their delivery reports, and could be lost if we ended now. flush_all() calls
+        # producer.flush(), which waits until all have come, at most two minutes. Five seconds after Ctrl-C it gives up:
+        # then the rest is reported as failed, though it may be stored.
         flush_all(producer, run, args.topic)
         failed = made - report.delivered
         run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
@@ -129,7 +131,7 @@ class Report:
         what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.delivered += 1
-            # The offset is None if the event was sent again and the leader only says that it already has it.
+            # The offset is None if the leader only says that it already has the event.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
             self.run.log(line)
@@ -140,7 +142,7 @@ class Report:
             # in the queue.
             self.run.stop(exit_status=1)
             # If no confirmation came, the event may be stored all the same. If you passed it to produce() again, it
-            # would get a new number, and could be there twice. Look into the topic first.
+            # would be a new event for Kafka, and could be there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -155,8 +157,8 @@ MORE_SETTINGS = {
     "statistics.interval.ms": 5_000,  # How often Trouble.on_statistics() is called.
     # If a broker does not answer for 40 seconds, connect anew and ask again. If replicas are slow, it answers after 30.
     "socket.timeout.ms": 40_000,
-    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For the first 33 minutes this
-    # makes the library ignore that; later, events fail. More can't be set: from 36 minutes on its arithmetic overflows.
+    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes, about the
+    # most that can be set, this makes the library ignore that; later, events fail.
     "topic.metadata.propagation.max.ms": 2_000_000,
     # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
@@ -220,14 +222,9 @@ class Run:
 
 
 class Trouble:
-    """Prints what goes wrong and is no reason to stop.
-
-    hooks: the settings by which the library calls the methods in poll(): when a connection fails, for what it logs, and
-    every five seconds with its statistics.
-    """
+    """Prints what goes wrong and is no reason to stop."""
 
     def __init__(self, run, report):
-        self.hooks = {"error_cb": self.on_error, "logger": self, "stats_cb": self.on_statistics}
         self.run = run
         self.report = report
         self.silent_until = 0

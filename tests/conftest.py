@@ -451,7 +451,7 @@ def committed(cluster, topic, group, partition=0):
         consumer.close()
 
 
-def consumer_with(folder, lines, before="    line = printable(message.value())"):
+def consumer_with(folder, lines, before="    line = text(message.value())"):
     """Writes mine.py, a copy of kafka_consumer.py with more lines before one of its own; returns its path."""
     head, found, tail = (ROOT / "kafka_consumer.py").read_text().partition(before)
     assert found
