@@ -47,7 +47,8 @@ SETTINGS = {
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    # What the library calls in poll() and close(): when a connection fails, after a commit, and for what it logs.
+    # What the library calls in poll() and close(): when a connection fails, after a commit, and trouble.log() for what
+    # it logs.
     callbacks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
@@ -62,7 +63,7 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            # Reads all partitions of the topic, without the group. Then enable.auto.commit is off: there is no step 4.
+            # Only looks at the topic: joins no group, and commits nothing. Step 3 has no effect then.
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -76,13 +77,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # Rare: the group has replaced us by another program.
+                except KafkaException as error:  # Rare: the partition was taken from us just now.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # consumer.close() commits once more (step 4), and leaves the group. Without a broker it takes long. So we wait
-        # for eight seconds at most.
+        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that is slow:
+        # so returns_within() waits for eight seconds at most.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -123,9 +124,10 @@ def on_revoke(consumer, partitions):
 
 
 def on_lost(consumer, partitions):
-    """Called instead of on_revoke() when others may have the partitions already: Kafka has heard nothing of us for 45
-    seconds, though a thread of the library tells it that we are alive (the program was suspended, for example); or
-    process() took five minutes. Then it is too late to commit.
+    """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
+
+    Either it heard nothing from us for 45 seconds (the program was suspended, for example), or process() took five
+    minutes. Others may be reading these partitions already, so it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -163,7 +165,7 @@ LASTING_ERRORS = {
 class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
-    reached: a set of TopicPartitions, those that are read to the end.
+    reached: a set of TopicPartitions, those that are read to the end. They are equal if topic and partition are.
     idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
     the time when there was no need to look.
     """
@@ -432,6 +434,6 @@ def parse_arguments():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
-    if None in (sys.stdout, sys.stderr):
+    if None in (sys.stdout, sys.stderr):  # Otherwise os.write(1) could write into a connection.
         sys.exit("kafka_consumer.py: standard output or standard error is closed")
     main()

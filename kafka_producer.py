@@ -39,9 +39,11 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # Confirmed means: stored by all replicas that are up to date, not by the leader alone.
-    # If a confirmation is lost, the library sends the event again, with the same number, and the leader drops the copy.
+    # If a confirmation is lost, the library sends the event again. Each event has a number, so the leader knows that it
+    # is a copy, and drops it.
     "enable.idempotence": True,
-    # Only one request at a time to each broker. With more, a few events were doubled when another broker took over.
+    # In our tests that failed now and then, when another broker took over while several requests were under way
+    # (librdkafka issue 4953). So we allow one at a time.
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
@@ -57,7 +59,7 @@ def main():
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-    # What the library calls in poll(): when a connection fails, every five seconds, and for what it logs.
+    # What the library calls in poll(): when a connection fails, every five seconds, and trouble.log() for what it logs.
     callbacks = {"error_cb": trouble.on_error, "stats_cb": trouble.on_statistics, "logger": trouble}
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
@@ -76,7 +78,7 @@ def main():
             too_early = time.monotonic() < start + made * args.interval
             too_many = len(producer) >= MAX_UNCONFIRMED
             if too_early or too_many:
-                producer.poll(0.01)  # Wait up to 10 ms, pass on the reports that come (step 4), and look again.
+                producer.poll(0.01)  # Waits up to 10 ms, and passes on the reports that come (step 4).
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
@@ -158,7 +160,7 @@ MORE_SETTINGS = {
     # If a broker does not answer for 40 seconds, connect anew and ask again. If replicas are slow, it answers after 30.
     "socket.timeout.ms": 40_000,
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes, about the
-    # most that can be set, this makes the library ignore that; later, events fail.
+    # most that can be set, this makes the library ignore that; later, such an answer makes events fail.
     "topic.metadata.propagation.max.ms": 2_000_000,
     # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
     "queue.buffering.max.messages": MAX_UNCONFIRMED,
