@@ -38,8 +38,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default (True) poll() stores the offset before we process the event. If a commit follows, and the program is
-    # killed before process() has ended, the event is lost. With False we store it after process(): it comes again.
+    # By default (True) poll() itself stores the offset, before we process the event. If a commit follows, and then the
+    # program is killed before process() has ended, the event is lost. With False we store it, after process().
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
@@ -47,9 +47,11 @@ SETTINGS = {
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    # What the library calls in poll() and close(): when a connection fails, after a commit, and trouble.log() for what
-    # it logs.
-    callbacks = {"error_cb": trouble.on_error, "on_commit": trouble.on_commit, "logger": trouble}
+    callbacks = {  # Functions of ours that the library calls while we are in poll() or close().
+        "error_cb": trouble.on_error,  # When a connection has failed.
+        "on_commit": trouble.on_commit,  # After each commit, also if it has failed.
+        "logger": trouble,  # For each line that it logs, it calls trouble.log().
+    }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
         consumer = Consumer(SETTINGS | args.settings | callbacks)
@@ -63,7 +65,8 @@ def main():
             # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            # Only looks at the topic: joins no group, and commits nothing. Step 3 has no effect then.
+            # --from-offset: only looks at the topic, and joins no group. enable.auto.commit is False then, so
+            # step 4 is left out.
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -77,13 +80,13 @@ def main():
                 printed += 1
                 try:
                     consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # Rare: the partition was taken from us just now.
+                except KafkaException as error:  # Rare: Kafka took the partition from us meanwhile.
                     tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
     finally:  # Also after an exception.
-        handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
+        handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once, in case close() takes long.
         tell(f"Printed {printed} events. Closing.")
-        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that is slow:
-        # so returns_within() waits for eight seconds at most.
+        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that takes
+        # long, so returns_within() waits for eight seconds at most.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -94,8 +97,8 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: printed (with flush=True), written to a file or to a database.
-    - An event may come twice. So write it to a database under a unique id: its topic, partition and offset.
+    - Don't return before the event is safe: written out, as write_out() does at once, or stored in a database.
+    - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
@@ -119,7 +122,7 @@ def on_assign(consumer, partitions):
 
 
 def on_revoke(consumer, partitions):
-    """A rebalance, or close(), takes partitions away. Then their stored offsets are committed."""
+    """A rebalance, or close(), takes partitions away. When this returns, the library commits their stored offsets."""
     tell_partitions("Gave up partitions", partitions)
 
 
@@ -242,16 +245,16 @@ class Trouble:
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
         self.commit_failed = error is not None
 
-    def log(self, level, template, facility, client, text):
+    def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere, but not that
         unread events were deleted (OFFSET), or why partitions were lost (SESSTMOUT).
 
         Settings that "will be ignored" are those for producers, in a --config file for both scripts.
         """
         if level == logging.DEBUG:
-            tell(template % (facility, client, text))
-        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in text):
-            tell(text.split("]: ", 1)[-1])  # Without the name of the thread.
+            tell(template % (facility, client, entry))
+        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in entry):
+            tell(entry.split("]: ", 1)[-1])  # Without the name of the thread.
 
 
 def tell(line):
@@ -274,7 +277,7 @@ def write_out(line):
 
     If it can't be written, that ends the program.
     """
-    if not line.isprintable():
+    if not line.isprintable():  # So that the usual line is not searched, which takes longer.
         line = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
     rest = f"{line}\n".encode(errors="backslashreplace")
     try:
@@ -387,13 +390,13 @@ def properties(path):
     return found
 
 
-def start_offset(text):
+def start_offset(given):
     """Returns what assign_partitions() takes; raises ValueError for anything else."""
-    if text == "beginning":
+    if given == "beginning":
         return 0
-    if text == "end":
+    if given == "end":
         return sys.maxsize
-    return int(text)
+    return int(given)
 
 
 def parse_arguments():

@@ -20,8 +20,9 @@ from faker import Factory
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # The library calls an event a message.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic, and keeps its events in order. One broker, its leader, is in charge of it. Others
-# may have replicas of it, which are copies; if the leader fails, one of them takes over.
+# A partition is a part of a topic, and keeps its events in order. Several brokers may have it; each copy is called a
+# replica. One of them is the leader: it takes the events, and the others copy them from it. If the leader's broker
+# fails, another replica becomes the leader.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
@@ -33,53 +34,53 @@ from faker import Factory
 #    - delivered: the broker has confirmed it.
 #    - failed, because the broker refused it: it is not stored.
 #    - failed, because no confirmation came in two minutes: perhaps it is stored.
-# 4. poll() calls on_delivery() with the report. Without poll() no report arrives, so we wait in poll(), not in sleep().
+# 4. poll() calls on_delivery() with the report; so does flush(), at the end. Without them no report arrives, so we wait
+#    in poll(), not in sleep().
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "acks": "all",  # Confirmed means: stored by all replicas that are up to date, not by the leader alone.
-    # If a confirmation is lost, the library sends the event again. Each event has a number, so the leader knows that it
-    # is a copy, and drops it.
+    "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
+    # If a confirmation is lost, the library sends the event again. With True it numbers the events, so that the leader
+    # knows the second one, and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # In our tests that failed now and then, when another broker took over while several requests were under way
-    # (librdkafka issue 4953). So we allow one at a time.
+    # The library waits for the answer to a request before it sends the next one. With several on their way, events
+    # failed now and then when the leader changed (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks and memory.
-# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. If yours
-# are large, lower it. If the program is killed, events that still wait may be lost.
+# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Large
+# events need a lower number. If the program is killed, those that still wait may be lost.
 MAX_UNCONFIRMED = 10_000
 
 
 def main():
     args = parse_arguments()
-    # Three objects of ours, and then the library's Producer.
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
-    report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
-    trouble = Trouble(run, report)  # Tells when connections fail, or events wait too long.
-    # What the library calls in poll(): when a connection fails, every five seconds, and trouble.log() for what it logs.
-    callbacks = {"error_cb": trouble.on_error, "stats_cb": trouble.on_statistics, "logger": trouble}
+    trouble = Trouble(run)  # Tells when connections fail, or events wait too long.
+    callbacks = {  # Functions of ours that the library calls while we are in poll().
+        "error_cb": trouble.on_error,  # When a connection has failed.
+        "stats_cb": trouble.on_statistics,  # Every five seconds, with statistics.
+        "logger": trouble,  # For each line that it logs, it calls trouble.log().
+    }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
         producer = Producer(SETTINGS | args.settings | callbacks)
+    find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
+    stop_on_signals(run)  # From here on Ctrl-C only ends the loop.
+    run.write("Kafka Producer has been initiated...", sys.stdout)
+
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
-    find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
-    run.write("Kafka Producer has been initiated...", sys.stdout)
-    stop_on_signals(run)
-
+    report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and not run.stopped:
-            # Two reasons to make no event now: it is too early, or too many events still have no delivery report.
-            too_early = time.monotonic() < start + made * args.interval
-            too_many = len(producer) >= MAX_UNCONFIRMED
-            if too_early or too_many:
-                producer.poll(0.01)  # Waits up to 10 ms, and passes on the reports that come (step 4).
-                continue
+        while made < args.count:
+            wait_for_turn(producer, run, start + made * args.interval)  # Calls poll(): step 4.
+            if run.stopped:
+                break
             event = registration(fake)
             if event is None:  # There are no more.
                 break
@@ -87,18 +88,24 @@ def main():
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-            producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
     except KafkaException as error:
         # produce() has refused the event (too large, for example), so no report will come; or the library can't go on.
         run.fail(error, args.topic)
     finally:
-        # Events may still wait for their delivery reports, and could be lost if we ended now. flush_all() calls
-        # producer.flush(), which waits until all have come, at most two minutes. Five seconds after Ctrl-C it gives up:
-        # then the rest is reported as failed, though it may be stored.
-        flush_all(producer, run, args.topic)
-        failed = made - report.delivered
-        run.write(f"Delivered {report.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
+        flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
+        failed = made - run.delivered
+        run.write(f"Delivered {run.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout)
     sys.exit(run.exit_status)
+
+
+def wait_for_turn(producer, run, due):
+    """Waits until it is time for the next event, and fewer than MAX_UNCONFIRMED still wait for their reports.
+
+    due: when it is time, on the clock of time.monotonic(). Waits no longer than until something fails, or Ctrl-C.
+    """
+    producer.poll(0)  # Passes on the reports that have come, and does not wait.
+    while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
+        producer.poll(0.01)  # Waits up to 10 ms for more.
 
 
 def registration(fake):
@@ -119,12 +126,11 @@ def registration(fake):
 
 
 class Report:
-    """What became of the events. delivered: how many the broker has confirmed."""
+    """What became of the events."""
 
     def __init__(self, run, quiet):
         self.run = run
         self.quiet = quiet
-        self.delivered = 0
         self.has_failed = False
 
     def on_delivery(self, error, message):
@@ -132,7 +138,7 @@ class Report:
         value = message.value() or b""  # None in an event without a value.
         what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
-            self.delivered += 1
+            self.run.delivered += 1
             # The offset is None if the leader only says that it already has the event.
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
@@ -140,9 +146,6 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            # Ends the loop in main(), since the next events would most likely fail too. The library still sends those
-            # in the queue.
-            self.run.stop(exit_status=1)
             # If no confirmation came, the event may be stored all the same. If you passed it to produce() again, it
             # would be a new event for Kafka, and could be there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
@@ -150,6 +153,20 @@ class Report:
             if not self.has_failed:  # On the terminal the first one is enough.
                 self.has_failed = True
                 self.run.write(line, sys.stderr)
+            # Ends the loop in main(), since the next events would most likely fail too. The library still sends those
+            # in the queue.
+            self.run.stop(exit_status=1)
+
+
+def flush_all(producer, run, topic):
+    """Waits until each event has its delivery report: at most two minutes, and after Ctrl-C five seconds."""
+    while len(producer) > 0:  # The number of events without a report.
+        if time.monotonic() > run.give_up_at:
+            producer.purge()  # Drops them. Each is reported as failed, though it may be stored.
+        try:
+            producer.flush(0.1)  # Waits up to 100 ms for reports, and passes them on, as poll() does.
+        except KafkaException as error:  # The library can't go on. What is left is reported as failed.
+            run.fail(error, topic)
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -167,7 +184,12 @@ MORE_SETTINGS = {
     "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.
 }
 # What --config can't change. With the last one on_delivery() would not hear of what is delivered.
-FIXED = {"queue.buffering.max.messages", "queue.buffering.max.kbytes", "delivery.report.only.error"}
+FIXED = {
+    "queue.buffering.max.messages",
+    "queue.buffering.max.kbytes",
+    "statistics.interval.ms",
+    "delivery.report.only.error",
+}
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -177,6 +199,7 @@ HINT = (
 class Run:
     """Writes to the log file and to the terminal, and knows whether to go on.
 
+    delivered: how many events the broker has confirmed.
     exit_status: 0, until something ends the sending.
     give_up_at: when to wait no longer for delivery reports, in the time of time.monotonic().
     """
@@ -185,6 +208,7 @@ class Run:
         with refusals_told():
             self.log_file = open(log_file, "ab")
         self.broken = set()  # Files that could not be written to. They are left alone from then on.
+        self.delivered = 0
         self.exit_status = 0
         self.give_up_at = math.inf
 
@@ -226,9 +250,8 @@ class Run:
 class Trouble:
     """Prints what goes wrong and is no reason to stop."""
 
-    def __init__(self, run, report):
+    def __init__(self, run):
         self.run = run
-        self.report = report
         self.silent_until = 0
         self.has_waited = False
         self.delivered_before = 0
@@ -243,26 +266,26 @@ class Trouble:
     def on_statistics(self, text):
         """Tells if events waited last time, wait now, and none was confirmed in between."""
         unconfirmed = json.loads(text)["msg_cnt"]
-        if unconfirmed and self.has_waited and self.report.delivered == self.delivered_before:
+        if unconfirmed and self.has_waited and self.run.delivered == self.delivered_before:
             why = "no broker answers, or too few replicas are up to date"
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr)
         self.has_waited = unconfirmed > 0
-        self.delivered_before = self.report.delivered
+        self.delivered_before = self.run.delivered
 
-    def log(self, level, template, facility, client, text):
+    def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
 
         Settings that "will be ignored" are those for consumers, in a --config file for both scripts.
         """
         if level == logging.DEBUG:
-            self.run.write(template % (facility, client, text), sys.stderr)
-        elif facility == "CONFWARN" and "will be ignored" not in text:
-            self.run.write(text.split("]: ", 1)[-1], sys.stderr)  # Without the name of the thread.
+            self.run.write(template % (facility, client, entry), sys.stderr)
+        elif facility == "CONFWARN" and "will be ignored" not in entry:
+            self.run.write(entry.split("]: ", 1)[-1], sys.stderr)  # Without the name of the thread.
 
 
 def reason(error):
     """Returns in words why an exception was raised."""
-    return error.args[0].str().strip() if isinstance(error, KafkaException) else error
+    return error.args[0].str().strip() if isinstance(error, KafkaException) else str(error)
 
 
 @contextlib.contextmanager
@@ -309,17 +332,6 @@ def stop_on_signals(run):
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-
-
-def flush_all(producer, run, topic):
-    """Calls producer.flush() until there is a report for each event. After Ctrl-C it gives up in five seconds."""
-    while len(producer) > 0:
-        if time.monotonic() > run.give_up_at:
-            producer.purge()  # What is not confirmed is reported as failed.
-        try:
-            producer.flush(0.1)
-        except KafkaException as error:  # Fatal. If produce() met it first, only this says why.
-            run.fail(error, topic)
 
 
 def properties(path):

@@ -81,7 +81,7 @@ def order_of_people(count, seed=SEED):
     """Makes the same people as a producer with this seed; returns {person: number}."""
     fake = Factory.create(use_weighting=False)
     fake.seed_instance(seed)
-    made = (json.dumps(registration(fake), ensure_ascii=False) for _ in range(count))
+    made = (json.dumps(registration(fake)) for _ in range(count))
     order = {person(value): number for number, value in enumerate(made)}
     assert len(order) == count
     return order
