@@ -29,17 +29,17 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 1. Poll: the library hands it to us.
 # 2. Process: we do with it what we are here for. process() prints it.
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 4. Commit: the library sends the 7 to Kafka: every five seconds, before a rebalance takes the partition away, and in
-#    close(). We never call commit() ourselves, since enable.auto.commit is on by default.
-# If the program is killed before the commit, event 6 comes again: better twice than never.
+# 4. Commit: a thread of the library sends the 7 to Kafka: every five seconds, whatever we are doing then; also before a
+#    rebalance takes the partition away, and in close(). enable.auto.commit is on by default, so we never call commit().
+# If the program is killed, what was read since the last commit comes again: better twice than never.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # By default (True) poll() itself stores the offset, before we process the event. If a commit follows, and then the
-    # program is killed before process() has ended, the event is lost. With False we store it, after process().
+    # With True (the default) poll() would do step 3, before step 2. The thread could then commit 7 while process() has
+    # 6; killed at that moment, we would never see 6 again. False: we store the offset ourselves, after process().
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
@@ -47,7 +47,7 @@ SETTINGS = {
 def main():
     args = parse_arguments()
     trouble = Trouble()  # Tells when connections or commits fail.
-    callbacks = {  # Functions of ours that the library calls while we are in poll() or close().
+    callbacks = {  # What the library calls while we are in poll() or close().
         "error_cb": trouble.on_error,  # When a connection has failed.
         "on_commit": trouble.on_commit,  # After each commit, also if it has failed.
         "logger": trouble,  # For each line that it logs, it calls trouble.log().
@@ -62,7 +62,7 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. In a rebalance poll() calls one of these three, which only print what happens.
+            # Joins the group. In a rebalance poll() calls one of these three, close() the second. They only print.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             # --from-offset: only looks at the topic, and joins no group. enable.auto.commit is False then, so
@@ -78,15 +78,12 @@ def main():
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
-                try:
-                    consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
-                except KafkaException as error:  # Rare: Kafka took the partition from us meanwhile.
-                    tell(f"Can't store an offset, so events may come again: {error.args[0].str()}")
-    finally:  # Also after an exception.
-        handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once, in case close() takes long.
+                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
+    finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
+        handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that takes
-        # long, so returns_within() waits for eight seconds at most.
+        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that may take
+        # long, and Docker kills a program after ten seconds. So we wait for eight at most.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -97,7 +94,7 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: written out, as write_out() does at once, or stored in a database.
+    - Don't return before the event is safe: stored in a database, or written by write_out(). print() may keep it back.
     - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
@@ -144,6 +141,7 @@ MORE_SETTINGS = {
 }
 # What --config can't change.
 FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}
+NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -208,7 +206,7 @@ class End:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
         if self.idle == 120 and self.exit_when_all_is_read:
-            sys.exit("kafka_consumer.py: no partitions for 60 seconds; other members of the group may have them all")
+            sys.exit(f"{NAME}: no partitions for 60 seconds; other members of the group may have them all")
 
 
 def handle_error(message, topic, end):
@@ -219,7 +217,7 @@ def handle_error(message, topic, end):
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         end.partition_ends(message)
     elif no_start or error.code() in LASTING_ERRORS:
-        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.str()}")
+        sys.exit(f"{NAME}: can't read topic {topic}: {error.str()}")
     else:
         tell(error.str())  # The library tries again.
 
@@ -232,11 +230,15 @@ class Trouble:
         self.silent_until = 0
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Printed at most every ten seconds."""
+        """A connection has failed. The library tries again."""
+        hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
+        self.no_connection(f"{error.str()}{hint}")
+
+    def no_connection(self, why):
+        """Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
-            tell(f"Can't connect: {error.str()}{hint}")
+            tell(f"Can't connect: {why}")
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -251,10 +253,13 @@ class Trouble:
 
         Settings that "will be ignored" are those for producers, in a --config file for both scripts.
         """
+        line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:
             tell(template % (facility, client, entry))
+        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):  # A broker does not answer.
+            self.no_connection(f"{line}\n{HINT}")
         elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in entry):
-            tell(entry.split("]: ", 1)[-1])  # Without the name of the thread.
+            tell(line)
 
 
 def tell(line):
@@ -285,7 +290,7 @@ def write_out(line):
             written = os.write(1, rest)  # Faster than print(flush=True), but may write only a part.
             rest = rest[written:]
     except OSError as error:
-        sys.exit(f"kafka_consumer.py: can't write to standard output: {error.strerror}")
+        sys.exit(f"{NAME}: can't write to standard output: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -294,7 +299,7 @@ def refusals_told():
     try:
         yield
     except Exception as error:  # For settings the library has four types of exceptions.
-        tell(f"kafka_consumer.py: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
+        tell(f"{NAME}: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
         sys.exit(2)
 
 
@@ -310,7 +315,7 @@ def wait_for_kafka(consumer, args):
     while time.monotonic() < give_up_at:
         message = consumer.poll(0)  # Calls error_cb if there was an error.
         if message is not None and message.error().code() in LASTING_ERRORS:
-            sys.exit(f"kafka_consumer.py: can't read topic {args.topic}: {message.error().str()}")
+            sys.exit(f"{NAME}: can't read topic {args.topic}: {message.error().str()}")
         try:
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
@@ -325,7 +330,7 @@ def wait_for_kafka(consumer, args):
             give_up_at = time.monotonic() + 10  # A broker that has just started may not know the topic yet.
         problem = f"can't read topic {args.topic}: {error.str()}"
         time.sleep(1)
-    sys.exit(f"kafka_consumer.py: {problem or 'no answer from Kafka for 30 seconds'}")
+    sys.exit(f"{NAME}: {problem or 'no answer from Kafka for 30 seconds'}")
 
 
 def assign_partitions(consumer, topic, wanted):
@@ -340,7 +345,7 @@ def assign_partitions(consumer, topic, wanted):
             tell(f"Partition {number}: reading from offset {start} on; the next new event will be {high}.")
             starts.append(TopicPartition(topic, number, start))
     except KafkaException as error:
-        sys.exit(f"kafka_consumer.py: can't read topic {topic}: {error.args[0].str()}")
+        sys.exit(f"{NAME}: can't read topic {topic}: {error.args[0].str()}")
     consumer.assign(starts)
 
 
@@ -353,7 +358,7 @@ def handle_signals(handler):
 def returns_within(seconds, function):
     """Calls a function that waits for Kafka in a thread of its own, and returns whether it returned in time.
 
-    Docker kills a program ten seconds after it was told to end. close() calls on_revoke() in that thread.
+    close() calls on_revoke() in that thread.
     """
     returned = threading.Event()
 
@@ -365,7 +370,7 @@ def returns_within(seconds, function):
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        tell("kafka_consumer.py: no answer from Kafka at the end. Events since the last commit may come again.")
+        tell(f"{NAME}: no answer from Kafka at the end. Events since the last commit may come again.")
     return returned.is_set()
 
 
@@ -438,5 +443,5 @@ def parse_arguments():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
     if None in (sys.stdout, sys.stderr):  # Otherwise os.write(1) could write into a connection.
-        sys.exit("kafka_consumer.py: standard output or standard error is closed")
+        sys.exit(f"{NAME}: standard output or standard error is closed")
     main()

@@ -29,11 +29,11 @@ from faker import Factory
 
 # What happens to an event:
 # 1. produce() puts it into a queue.
-# 2. A thread of the library sends it.
+# 2. A thread of the library sends it, together with others, in a request to the leader. If no answer comes, or one that
+#    may pass, it sends it again, for up to two minutes.
 # 3. The library makes a delivery report:
-#    - delivered: the broker has confirmed it.
-#    - failed, because the broker refused it: it is not stored.
-#    - failed, because no confirmation came in two minutes: perhaps it is stored.
+#    - delivered: the leader has confirmed it.
+#    - failed: it has not, or has refused the event. Perhaps it is stored all the same.
 # 4. poll() calls on_delivery() with the report; so does flush(), at the end. Without them no report arrives, so we wait
 #    in poll(), not in sleep().
 
@@ -41,25 +41,25 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
-    # If a confirmation is lost, the library sends the event again. With True it numbers the events, so that the leader
-    # knows the second one, and drops it. (Idempotent: twice has the same effect as once.)
+    # If only the confirmation is lost, the library sends an event that is already stored. True: it numbers the events,
+    # and by its number the leader recognizes the copy, and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # The library waits for the answer to a request before it sends the next one. With several on their way, events
-    # failed now and then when the leader changed (librdkafka issue 4953).
+    # One request at a time to each broker. It carries many events, so that is fast too. With several on their way,
+    # events failed now and then when the leader changed (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
-}  # MORE_SETTINGS, below the lesson, are for networks and memory.
-# At most this many events wait in memory for their delivery reports; then main() pauses until some have come. Large
-# events need a lower number. If the program is killed, those that still wait may be lost.
-MAX_UNCONFIRMED = 10_000
+}  # MORE_SETTINGS, below the lesson, are for networks.
+# At most this many events wait in the queue for their reports. If the program is killed, they may be lost.
+# The queue has room for 1 GB. If events may be larger than 1 MB, lower the number, or produce() raises BufferError.
+MAX_UNCONFIRMED = 1_000
 
 
 def main():
     args = parse_arguments()
     run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
     trouble = Trouble(run)  # Tells when connections fail, or events wait too long.
-    callbacks = {  # Functions of ours that the library calls while we are in poll().
+    callbacks = {  # What the library calls while we are in poll() or flush().
         "error_cb": trouble.on_error,  # When a connection has failed.
         "stats_cb": trouble.on_statistics,  # Every five seconds, with statistics.
         "logger": trouble,  # For each line that it logs, it calls trouble.log().
@@ -88,7 +88,7 @@ def main():
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-    except KafkaException as error:
+    except (KafkaException, BufferError) as error:
         # produce() has refused the event (too large, for example), so no report will come; or the library can't go on.
         run.fail(error, args.topic)
     finally:
@@ -146,8 +146,8 @@ class Report:
             if not self.quiet:
                 self.run.write(line, sys.stdout)
         else:
-            # If no confirmation came, the event may be stored all the same. If you passed it to produce() again, it
-            # would be a new event for Kafka, and could be there twice. Look into the topic first.
+            # Perhaps it is stored. If you passed it to produce() again, it would be a new event for Kafka, and could be
+            # there twice. Look into the topic first.
             line = f"Failed to deliver to {what}: {error.str()}"
             self.run.log(line)
             if not self.has_failed:  # On the terminal the first one is enough.
@@ -159,13 +159,17 @@ class Report:
 
 
 def flush_all(producer, run, topic):
-    """Waits until each event has its delivery report: at most two minutes, and after Ctrl-C five seconds."""
+    """Waits until each event has its delivery report.
+
+    That takes two minutes at most: by then the library reports it as failed (delivery.timeout.ms). Ctrl-C sets
+    run.give_up_at to five seconds later.
+    """
     while len(producer) > 0:  # The number of events without a report.
         if time.monotonic() > run.give_up_at:
-            producer.purge()  # Drops them. Each is reported as failed, though it may be stored.
+            producer.purge()  # Makes a failed report for each, though it may be stored. flush() passes these on.
         try:
-            producer.flush(0.1)  # Waits up to 100 ms for reports, and passes them on, as poll() does.
-        except KafkaException as error:  # The library can't go on. What is left is reported as failed.
+            producer.flush(0.1)  # Waits for reports, as poll() does. Not longer, so that we notice Ctrl-C.
+        except KafkaException as error:  # The library can't send any more, and reports the rest as failed.
             run.fail(error, topic)
 
 
@@ -179,17 +183,10 @@ MORE_SETTINGS = {
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes, about the
     # most that can be set, this makes the library ignore that; later, such an answer makes events fail.
     "topic.metadata.propagation.max.ms": 2_000_000,
-    # With a full queue produce() raises BufferError. So it must have room for MAX_UNCONFIRMED events of any size.
-    "queue.buffering.max.messages": MAX_UNCONFIRMED,
-    "queue.buffering.max.kbytes": 2**31 - 1,  # The maximum.
 }
 # What --config can't change. With the last one on_delivery() would not hear of what is delivered.
-FIXED = {
-    "queue.buffering.max.messages",
-    "queue.buffering.max.kbytes",
-    "statistics.interval.ms",
-    "delivery.report.only.error",
-}
+FIXED = {"statistics.interval.ms", "delivery.report.only.error"}
+NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
     "check advertised.listeners; with TLS, check the host name."
@@ -223,7 +220,7 @@ class Run:
     def fail(self, error, topic):
         """Ends the sending because of an exception of the library."""
         self.stop(exit_status=1)
-        line = f"kafka_producer.py: can't write to topic {topic}: {reason(error)}"
+        line = f"{NAME}: can't write to topic {topic}: {reason(error)}"
         self.log(line)
         self.write(line, sys.stderr)
 
@@ -244,7 +241,7 @@ class Run:
             self.broken.add(file)
             self.stop(exit_status=1)
             name = "standard output" if file is sys.stdout else file.name
-            self.write(f"kafka_producer.py: can't write to {name}: {error.strerror}", sys.stderr)
+            self.write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr)
 
 
 class Trouble:
@@ -257,17 +254,21 @@ class Trouble:
         self.delivered_before = 0
 
     def on_error(self, error):
-        """A connection has failed. The library tries again. Printed at most every ten seconds."""
+        """A connection has failed. The library tries again."""
+        hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
+        self.no_connection(f"{error.str()}{hint}")
+
+    def no_connection(self, why):
+        """Printed at most every ten seconds."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
-            self.run.write(f"Can't connect: {error.str()}{hint}", sys.stderr)
+            self.run.write(f"Can't connect: {why}", sys.stderr)
 
     def on_statistics(self, text):
         """Tells if events waited last time, wait now, and none was confirmed in between."""
         unconfirmed = json.loads(text)["msg_cnt"]
         if unconfirmed and self.has_waited and self.run.delivered == self.delivered_before:
-            why = "no broker answers, or too few replicas are up to date"
+            why = "perhaps no broker answers, or too few replicas are up to date"
             self.run.write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr)
         self.has_waited = unconfirmed > 0
         self.delivered_before = self.run.delivered
@@ -277,10 +278,13 @@ class Trouble:
 
         Settings that "will be ignored" are those for consumers, in a --config file for both scripts.
         """
+        line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:
             self.run.write(template % (facility, client, entry), sys.stderr)
+        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):  # A broker does not answer.
+            self.no_connection(f"{line}\n{HINT}")
         elif facility == "CONFWARN" and "will be ignored" not in entry:
-            self.run.write(entry.split("]: ", 1)[-1], sys.stderr)  # Without the name of the thread.
+            self.run.write(line, sys.stderr)
 
 
 def reason(error):
@@ -294,7 +298,7 @@ def refusals_told():
     try:
         yield
     except Exception as error:  # For settings the library has four types of exceptions.
-        print(f"kafka_producer.py: {reason(error)}", file=sys.stderr)
+        print(f"{NAME}: {reason(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -309,7 +313,7 @@ def find_topic(producer, topic):
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
         except KafkaException as exception:
             if exception.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
-                sys.exit(f"kafka_producer.py: can't write to topic {topic}: {reason(exception)}")
+                sys.exit(f"{NAME}: can't write to topic {topic}: {reason(exception)}")
             seconds = min(2 * seconds, 8)  # Some clusters need more time. The first try is short, to tell errors soon.
             continue
         if error is None:
@@ -318,7 +322,7 @@ def find_topic(producer, topic):
             give_up_at = time.monotonic() + 10  # The topic may be about to be created.
         problem = f"can't write to topic {topic}: {error.str()}"
         time.sleep(1)
-    sys.exit(f"kafka_producer.py: {problem or 'no answer from Kafka for 30 seconds'}")
+    sys.exit(f"{NAME}: {problem or 'no answer from Kafka for 30 seconds'}")
 
 
 def stop_on_signals(run):
@@ -389,5 +393,5 @@ def parse_arguments():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # While there is nothing to lose, Ctrl-C ends the program at once.
     if None in (sys.stdout, sys.stderr):
-        sys.exit("kafka_producer.py: standard output or standard error is closed")
+        sys.exit(f"{NAME}: standard output or standard error is closed")
     main()

@@ -46,7 +46,7 @@ WRONG_CALLS = {
         "no interval": (["-i", "nan"], "nan"),
         "bad value": (["-F", "value"], "acks"),
         "contradiction": (["-F", "contradiction"], "acks"),
-        "a setting that the script needs": (["-F", "queue"], "queue.buffering.max.messages"),
+        "a setting that the script needs": (["-F", "reports"], "delivery.report.only.error"),
         "a folder as log file": (["--log-file", "."], "'.'"),
         "a log file in no folder": (["--log-file", "no-such-folder/producer.log"], "no-such-folder/producer.log"),
     },
@@ -66,7 +66,7 @@ FILES = {
     "bytes": b"\xff\xfe=1",
     "value": b"acks=some",
     "contradiction": b"acks=0",
-    "queue": b"queue.buffering.max.messages=10",
+    "reports": b"delivery.report.only.error=true",
     "commit": b"enable.auto.commit=false",
 }
 
@@ -131,6 +131,21 @@ def test_nobody_there(scripts):
         assert script.stderr.splitlines()[-1] == f"kafka_{script.name}.py: no answer from Kafka for 30 seconds"
         assert 1 <= script.stderr.count("Can't connect") <= 4
         assert script.stdout == ""
+
+
+def test_somebody_who_does_not_answer(scripts):
+    """The address is told, though the library only logs it, as a warning."""
+    config = scripts.folder / "client.properties"
+    config.write_text("socket.connection.setup.timeout.ms=1000\n")  # The least. The default is 30 seconds.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
+        pair = [start("-F", config, servers=address) for start in (scripts.producer, scripts.consumer)]
+        for script in pair:
+            script.wait_for_stderr("docker compose up")
+            problem, hint = script.stderr.splitlines()[-2:]
+            assert re.match(rf"Can't connect: {address}/bootstrap: Connection setup timed out in state", problem)
+            assert hint.startswith("Is Kafka running")
+            assert script.end(limit=2) == -signal.SIGINT
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
