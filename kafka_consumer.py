@@ -26,7 +26,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 
 # What happens to an event, for example the one at offset 6:
-# 1. Poll: the library hands it to us.
+# 1. Poll: the library, a thread of which fetches events ahead, hands it to us.
 # 2. Process: we do with it what we are here for. process() prints it.
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
 # 4. Commit: a thread of the library sends the 7 to Kafka: every five seconds, whatever we are doing then; also before a
@@ -46,11 +46,11 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Tells when connections or commits fail.
+    trouble = Trouble()  # Prints problems that may pass, such as a lost connection. trouble.commit_failed: one of them.
     callbacks = {  # What the library calls while we are in poll() or close().
         "error_cb": trouble.on_error,  # When a connection has failed.
         "on_commit": trouble.on_commit,  # After each commit, also if it has failed.
-        "logger": trouble,  # For each line that it logs, it calls trouble.log().
+        "logger": trouble,  # An object, not a function: the library calls its method log() for each line that it logs.
     }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
@@ -62,11 +62,12 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # Joins the group. In a rebalance poll() calls one of these three, close() the second. They only print.
+            # The usual way: joins the group. In a rebalance we get partitions, and begin at their committed offsets.
+            # poll() calls on_assign() when we get some, and on_revoke() or on_lost() when they go. These only print.
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            # --from-offset: only looks at the topic, and joins no group. enable.auto.commit is False then, so
-            # step 4 is left out.
+            # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
+            # since enable.auto.commit is False then, so step 3 has no effect.
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -83,7 +84,7 @@ def main():
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
         # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that may take
-        # long, and Docker kills a program after ten seconds. So we wait for eight at most.
+        # long. We wait for eight seconds at most, since Docker, for example, kills a program after ten.
         closed = returns_within(8, consumer.close)
     sys.exit(0 if closed and not trouble.commit_failed else 1)
 
@@ -94,7 +95,7 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: stored in a database, or written by write_out(). print() may keep it back.
+    - Don't return before the event is safe: stored in a database, or written by write_out(). (print() may buffer it.)
     - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
@@ -126,8 +127,9 @@ def on_revoke(consumer, partitions):
 def on_lost(consumer, partitions):
     """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-    Either it heard nothing from us for 45 seconds (the program was suspended, for example), or process() took five
-    minutes. Others may be reading these partitions already, so it is too late to commit.
+    A thread of the library tells Kafka every few seconds that we live. Either that did not arrive for 45 seconds (the
+    program was suspended, for example), or process() took five minutes. Others may be reading these partitions already,
+    so it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -136,6 +138,7 @@ def on_lost(consumer, partitions):
 
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
@@ -206,7 +209,7 @@ class End:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
         if self.idle == 120 and self.exit_when_all_is_read:
-            sys.exit(f"{NAME}: no partitions for 60 seconds; other members of the group may have them all")
+            fail("no partitions for 60 seconds; other members of the group may have them all")
 
 
 def handle_error(message, topic, end):
@@ -217,7 +220,7 @@ def handle_error(message, topic, end):
     if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
         end.partition_ends(message)
     elif no_start or error.code() in LASTING_ERRORS:
-        sys.exit(f"{NAME}: can't read topic {topic}: {error.str()}")
+        fail(f"can't read topic {topic}: {error.str()}")
     else:
         tell(error.str())  # The library tries again.
 
@@ -268,6 +271,12 @@ def tell(line):
         print(line, file=sys.stderr)
 
 
+def fail(why):
+    """Ends the program with status 1. Tells why at once, since the finally block in main() may take long."""
+    tell(f"{NAME}: {why}")
+    sys.exit(1)
+
+
 def tell_partitions(what, partitions):
     if partitions:
         tell(f"{what}: {', '.join(str(each.partition) for each in partitions)}")
@@ -290,7 +299,7 @@ def write_out(line):
             written = os.write(1, rest)  # Faster than print(flush=True), but may write only a part.
             rest = rest[written:]
     except OSError as error:
-        sys.exit(f"{NAME}: can't write to standard output: {error.strerror}")
+        fail(f"can't write to standard output: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -315,7 +324,7 @@ def wait_for_kafka(consumer, args):
     while time.monotonic() < give_up_at:
         message = consumer.poll(0)  # Calls error_cb if there was an error.
         if message is not None and message.error().code() in LASTING_ERRORS:
-            sys.exit(f"{NAME}: can't read topic {args.topic}: {message.error().str()}")
+            fail(f"can't read topic {args.topic}: {message.error().str()}")
         try:
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
@@ -330,7 +339,7 @@ def wait_for_kafka(consumer, args):
             give_up_at = time.monotonic() + 10  # A broker that has just started may not know the topic yet.
         problem = f"can't read topic {args.topic}: {error.str()}"
         time.sleep(1)
-    sys.exit(f"{NAME}: {problem or 'no answer from Kafka for 30 seconds'}")
+    fail(problem or "no answer from Kafka for 30 seconds")
 
 
 def assign_partitions(consumer, topic, wanted):
@@ -345,7 +354,7 @@ def assign_partitions(consumer, topic, wanted):
             tell(f"Partition {number}: reading from offset {start} on; the next new event will be {high}.")
             starts.append(TopicPartition(topic, number, start))
     except KafkaException as error:
-        sys.exit(f"{NAME}: can't read topic {topic}: {error.args[0].str()}")
+        fail(f"can't read topic {topic}: {error.args[0].str()}")
     consumer.assign(starts)
 
 

@@ -28,41 +28,40 @@ from faker import Factory
 # partitions, and so they stay in order.
 
 # What happens to an event:
-# 1. produce() puts it into a queue.
-# 2. A thread of the library sends it, together with others, in a request to the leader. If no answer comes, or one that
-#    may pass, it sends it again, for up to two minutes.
+# 1. produce() puts it into a queue in memory, and returns.
+# 2. A thread of the library sends it to the leader, together with others, in one request. If no answer comes, or a
+#    temporary error, the thread sends it again, for up to two minutes.
 # 3. The library makes a delivery report:
-#    - delivered: the leader has confirmed it.
-#    - failed: it has not, or has refused the event. Perhaps it is stored all the same.
-# 4. poll() calls on_delivery() with the report; so does flush(), at the end. Without them no report arrives, so we wait
-#    in poll(), not in sleep().
+#    - delivered: the leader has confirmed the event.
+#    - failed: it has not, or has refused it. Perhaps the event is stored all the same, and only the answer was lost.
+# 4. The report waits until we call poll(), or flush() at the end. They pass it to on_delivery(). So we wait in poll(),
+#    never in sleep().
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
-    # If only the confirmation is lost, the library sends an event that is already stored. True: it numbers the events,
-    # and by its number the leader recognizes the copy, and drops it. (Idempotent: twice has the same effect as once.)
+    # An event may be stored, and its confirmation lost. Then the library sends the event again. With True it numbers
+    # its events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # One request at a time to each broker. It carries many events, so that is fast too. With several on their way,
-    # events failed now and then when the leader changed (librdkafka issue 4953).
+    # How many requests may wait for an answer from each broker. One is enough, since a request carries many events.
+    # With more, events failed now and then when the leader changed, because of a bug (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
+    # How many events may wait in the queue for their reports. If the program is killed, they may be lost.
+    "queue.buffering.max.messages": 10_000,
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
-# At most this many events wait in the queue for their reports. If the program is killed, they may be lost.
-# The queue has room for 1 GB. If events may be larger than 1 MB, lower the number, or produce() raises BufferError.
-MAX_UNCONFIRMED = 1_000
 
 
 def main():
     args = parse_arguments()
-    run = Run(args.log_file)  # Writes to the log file and the terminal. run.stopped: after a failure or Ctrl-C.
-    trouble = Trouble(run)  # Tells when connections fail, or events wait too long.
+    run = Run(args.log_file)  # Writes our output. run.stopped becomes true after a failure or Ctrl-C.
+    trouble = Trouble(run)  # Prints problems that may pass, such as a lost connection.
     callbacks = {  # What the library calls while we are in poll() or flush().
         "error_cb": trouble.on_error,  # When a connection has failed.
         "stats_cb": trouble.on_statistics,  # Every five seconds, with statistics.
-        "logger": trouble,  # For each line that it logs, it calls trouble.log().
+        "logger": trouble,  # An object, not a function: the library calls its method log() for each line that it logs.
     }
     with refusals_told():  # If the library refuses a setting, that ends the program.
         # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
@@ -87,7 +86,14 @@ def main():
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
-            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+            while True:
+                try:
+                    producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+                    break
+                except BufferError:  # The queue is full. Reports make room, so wait for some: step 4.
+                    if run.stopped or len(producer) == 0:  # Or this event is larger than the whole queue.
+                        raise
+                    producer.poll(0.1)
     except (KafkaException, BufferError) as error:
         # produce() has refused the event (too large, for example), so no report will come; or the library can't go on.
         run.fail(error, args.topic)
@@ -99,12 +105,12 @@ def main():
 
 
 def wait_for_turn(producer, run, due):
-    """Waits until it is time for the next event, and fewer than MAX_UNCONFIRMED still wait for their reports.
+    """Passes on the reports that come until it is time for the next event, something fails, or Ctrl-C.
 
-    due: when it is time, on the clock of time.monotonic(). Waits no longer than until something fails, or Ctrl-C.
+    due: when it is time, on the clock of time.monotonic().
     """
     producer.poll(0)  # Passes on the reports that have come, and does not wait.
-    while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
+    while time.monotonic() < due and not run.stopped:
         producer.poll(0.01)  # Waits up to 10 ms for more.
 
 
@@ -161,8 +167,8 @@ class Report:
 def flush_all(producer, run, topic):
     """Waits until each event has its delivery report.
 
-    That takes two minutes at most: by then the library reports it as failed (delivery.timeout.ms). Ctrl-C sets
-    run.give_up_at to five seconds later.
+    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms). Ctrl-C
+    sets run.give_up_at, which is infinite before, to five seconds later.
     """
     while len(producer) > 0:  # The number of events without a report.
         if time.monotonic() > run.give_up_at:
@@ -178,10 +184,11 @@ def flush_all(producer, run, topic):
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
     "statistics.interval.ms": 5_000,  # How often Trouble.on_statistics() is called.
+    "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
     # If a broker does not answer for 40 seconds, connect anew and ask again. If replicas are slow, it answers after 30.
     "socket.timeout.ms": 40_000,
-    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes, about the
-    # most that can be set, this makes the library ignore that; later, such an answer makes events fail.
+    # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes this makes the
+    # library ignore that; later, such an answer makes events fail. From 36 minutes on, its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
 }
 # What --config can't change. With the last one on_delivery() would not hear of what is delivered.

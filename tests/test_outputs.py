@@ -115,9 +115,9 @@ def test_consumer_with_stdout_full(scripts, cluster, filled, group):
     consumer = scripts.consumer("-t", filled, "-G", group, shell='exec "$@" >/dev/full')
     assert consumer.wait() == 1
     assert consumer.stderr.splitlines()[-3:] == [
+        "kafka_consumer.py: can't write to standard output: No space left on device",
         "Printed 0 events. Closing.",
         "Gave up partitions: 0",
-        "kafka_consumer.py: can't write to standard output: No space left on device",
     ]
     assert not committed(cluster, filled, group)
     again = scripts.consumer("-t", filled, "-G", group, "-e")
@@ -134,7 +134,7 @@ def test_consumer_whose_stdout_becomes_full(scripts, cluster, topic, group):
     shell = f'ulimit -f 200; exec "$@" > {shlex.quote(str(out))}'
     consumer = scripts.consumer("-t", topic, "-G", group, "-e", shell=shell)
     assert consumer.wait() == 1
-    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: can't write to standard output: File too large"
+    assert "kafka_consumer.py: can't write to standard output: File too large" in consumer.stderr.splitlines()
     written = numbers(out.read_text().split("\n")[:-1])
     assert 1000 < len(written) < 20_000
     assert written == list(range(len(written)))
@@ -153,7 +153,7 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
     assert numbers([consumer.process.stdout.readline()]) == [0]
     consumer.process.stdout.close()
     assert consumer.wait() == 1
-    assert consumer.stderr.splitlines()[-1] == "kafka_consumer.py: can't write to standard output: Broken pipe"
+    assert "kafka_consumer.py: can't write to standard output: Broken pipe" in consumer.stderr.splitlines()
     place = committed(cluster, topic, group) or 0
     assert place < 20_000
     again = scripts.consumer("-t", topic, "-G", group, "-e")
