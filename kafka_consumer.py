@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -83,10 +84,9 @@ def main():
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        # Calls consumer.close(), which commits once more (step 4) and leaves the group. Without a broker that may take
-        # long. We wait for eight seconds at most, since Docker, for example, kills a program after ten.
-        closed = returns_within(8, consumer.close)
-    sys.exit(0 if closed and not trouble.commit_failed else 1)
+        with ends_within(8):  # Without a broker close() may take long. Docker, for example, kills a program after ten.
+            consumer.close()  # Commits once more (step 4), and leaves the group.
+    sys.exit(1 if trouble.commit_failed else 0)
 
 
 def process(message, verbose):
@@ -364,23 +364,23 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-def returns_within(seconds, function):
-    """Calls a function that waits for Kafka in a thread of its own, and returns whether it returned in time.
+@contextlib.contextmanager
+def ends_within(seconds):
+    """Ends the program if the with block takes longer. Then it also shows the exception that has led to the block."""
+    exception = sys.exc_info()[1]
 
-    close() calls on_revoke() in that thread.
-    """
-    returned = threading.Event()
-
-    def call():
-        function()
-        returned.set()
-
-    thread = threading.Thread(target=call, daemon=True)  # Daemon: the end of the program does not wait for it.
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    def give_up():
+        if isinstance(exception, Exception):
+            traceback.print_exception(exception)
         tell(f"{NAME}: no answer from Kafka at the end. Events since the last commit may come again.")
-    return returned.is_set()
+        os._exit(1)  # sys.exit() would end this thread alone.
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def properties(path):

@@ -29,13 +29,13 @@ from faker import Factory
 
 # What happens to an event:
 # 1. produce() puts it into a queue in memory, and returns.
-# 2. A thread of the library sends it to the leader, together with others, in one request. If no answer comes, or a
-#    temporary error, the thread sends it again, for up to two minutes.
+# 2. A thread of the library sends it to the leader, together with others, in one request. The event keeps its place in
+#    the queue. If no answer comes, or a temporary error, the thread sends it again, for up to two minutes.
 # 3. The library makes a delivery report:
 #    - delivered: the leader has confirmed the event.
 #    - failed: it has not, or has refused it. Perhaps the event is stored all the same, and only the answer was lost.
-# 4. The report waits until we call poll(), or flush() at the end. They pass it to on_delivery(). So we wait in poll(),
-#    never in sleep().
+# 4. We call poll(), or flush() at the end. They pass the report to on_delivery(), and only then its place in the queue
+#    is free. len(producer) is the number of places taken. So we wait in poll(), not in sleep().
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -44,11 +44,12 @@ SETTINGS = {
     # An event may be stored, and its confirmation lost. Then the library sends the event again. With True it numbers
     # its events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # How many requests may wait for an answer from each broker. One is enough, since a request carries many events.
-    # With more, events failed now and then when the leader changed, because of a bug (librdkafka issue 4953).
+    # How many requests may wait for an answer from each broker. A request carries many events, so one is fast enough,
+    # unless there are many partitions and the network is slow. With more, events failed now and then when the leader
+    # changed, because of a bug in the library (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # How many events may wait in the queue for their reports. If the program is killed, they may be lost.
+    # How many events have room in the queue. If the program is killed, those that are in it may be lost.
     "queue.buffering.max.messages": 10_000,
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
@@ -60,7 +61,7 @@ def main():
     trouble = Trouble(run)  # Prints problems that may pass, such as a lost connection.
     callbacks = {  # What the library calls while we are in poll() or flush().
         "error_cb": trouble.on_error,  # When a connection has failed.
-        "stats_cb": trouble.on_statistics,  # Every five seconds, with statistics.
+        "stats_cb": trouble.on_statistics,  # Every five seconds, with statistics. It tells if nothing gets through.
         "logger": trouble,  # An object, not a function: the library calls its method log() for each line that it logs.
     }
     with refusals_told():  # If the library refuses a setting, that ends the program.
@@ -76,26 +77,17 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count:
+        while made < args.count:  # With --count 0 that is infinite.
             wait_for_turn(producer, run, start + made * args.interval)  # Calls poll(): step 4.
             if run.stopped:
                 break
             event = registration(fake)
             if event is None:  # There are no more.
                 break
-            key = str(event["user_id"])
-            value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
-            made += 1  # Before produce(), so that an event that it refuses is counted too.
-            while True:
-                try:
-                    producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-                    break
-                except BufferError:  # The queue is full. Reports make room, so wait for some: step 4.
-                    if run.stopped or len(producer) == 0:  # Or this event is larger than the whole queue.
-                        raise
-                    producer.poll(0.1)
+            made += 1  # Before send(), so that an event that can't be sent is counted too.
+            send(producer, run, report, args.topic, event)  # Calls produce(): step 1.
     except (KafkaException, BufferError) as error:
-        # produce() has refused the event (too large, for example), so no report will come; or the library can't go on.
+        # The event can't be sent (too large, for example), so no report will come; or the library can't go on.
         run.fail(error, args.topic)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
@@ -117,7 +109,7 @@ def wait_for_turn(producer, run, due):
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
+    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in send(). For
     events without a key remove that line, and key=key from the call of produce(); they go to random partitions.
     With --count 0 and --interval 0 it is called without limit and pause, until it returns None.
     While it waits for data, no reports are passed on, and Ctrl-C has to wait too. So it should never wait for long.
@@ -129,6 +121,22 @@ def registration(fake):
         "platform": fake.random_element(("Mobile", "Laptop", "Tablet")),
         "signup_at": str(fake.date_time_this_month()),
     }
+
+
+def send(producer, run, report, topic, event):
+    """Puts an event into the queue. If there is no room, waits until reports have made some, or raises BufferError."""
+    key = str(event["user_id"])
+    value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
+    while True:
+        try:
+            producer.produce(topic, key=key, value=value, on_delivery=report.on_delivery)
+            return
+        except BufferError:  # There is no room.
+            if len(producer) == 0:  # Even an empty queue has too little: it also has a limit in bytes.
+                raise
+            if run.stopped:  # After Ctrl-C or a failure we don't wait. The event counts as failed.
+                return
+            producer.poll(0.1)
 
 
 class Report:
