@@ -47,7 +47,7 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Prints problems that may pass, such as a lost connection. trouble.commit_failed: one of them.
+    trouble = Trouble()  # Prints problems that may pass. trouble.commit_failed: whether the last commit has failed.
     callbacks = {  # What the library calls while we are in poll() or close().
         "error_cb": trouble.on_error,  # When a connection has failed.
         "on_commit": trouble.on_commit,  # After each commit, also if it has failed.
@@ -72,11 +72,11 @@ def main():
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
-            message = consumer.poll(0.5)  # Step 1. Waits for an event for up to half a second.
-            if message is None:  # No event has come.
-                end.look()  # Ends the loop if all is read (--exit). Says so if we have had no partitions for long.
-            elif message.error():  # A problem. With --exit, the end of a partition is told in this way too.
-                handle_error(message, args.topic, end)  # Ends the program if the problem can't go away by itself.
+            message = consumer.poll(0.5)  # Step 1. Returns one of three things:
+            if message is None:  # Nothing, for half a second.
+                end.look()  # Do we have partitions? With --exit: is all read?
+            elif message.error():  # A problem or, only with --exit, the news that a partition is read to its end.
+                handle_error(message, args.topic, end)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
@@ -127,9 +127,9 @@ def on_revoke(consumer, partitions):
 def on_lost(consumer, partitions):
     """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-    A thread of the library tells Kafka every few seconds that we live. Either that did not arrive for 45 seconds (the
-    program was suspended, for example), or process() took five minutes. Others may be reading these partitions already,
-    so it is too late to commit.
+    A thread of the library tells Kafka every few seconds that we live. Most often that has not arrived for 45 seconds
+    (the program was suspended, for example), or process() took five minutes. Others may be reading these partitions
+    already, so it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 

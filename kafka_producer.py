@@ -57,7 +57,7 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    run = Run(args.log_file)  # Writes our output. run.stopped becomes true after a failure or Ctrl-C.
+    run = Run(args.log_file)  # Our output, a count of deliveries, and run.stopped: true after a failure or Ctrl-C.
     trouble = Trouble(run)  # Prints problems that may pass, such as a lost connection.
     callbacks = {  # What the library calls while we are in poll() or flush().
         "error_cb": trouble.on_error,  # When a connection has failed.
@@ -76,6 +76,7 @@ def main():
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     start = time.monotonic()
     made = 0
+    value = None
     try:
         while made < args.count:  # With --count 0 that is infinite.
             wait_for_turn(producer, run, start + made * args.interval)  # Calls poll(): step 4.
@@ -84,11 +85,19 @@ def main():
             event = registration(fake)
             if event is None:  # There are no more.
                 break
-            made += 1  # Before send(), so that an event that can't be sent is counted too.
-            send(producer, run, report, args.topic, event)  # Calls produce(): step 1.
-    except (KafkaException, BufferError) as error:
-        # The event can't be sent (too large, for example), so no report will come; or the library can't go on.
-        run.fail(error, args.topic)
+            key = str(event["user_id"])
+            value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
+            made += 1  # Before produce(), so that an event that it refuses is counted too.
+            while True:
+                try:
+                    producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+                    break
+                except BufferError:  # The queue is full. Reports make room.
+                    wait_for_reports(producer, run)  # Calls flush(): step 4.
+            producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
+    except KafkaException as error:
+        # produce() has refused this event (too large, for example), so no report will come; or the library can't go on.
+        run.fail(error, args.topic, value)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
@@ -101,15 +110,14 @@ def wait_for_turn(producer, run, due):
 
     due: when it is time, on the clock of time.monotonic().
     """
-    producer.poll(0)  # Passes on the reports that have come, and does not wait.
     while time.monotonic() < due and not run.stopped:
-        producer.poll(0.01)  # Waits up to 10 ms for more.
+        producer.poll(0.01)  # Waits up to 10 ms for reports.
 
 
 def registration(fake):
     """Returns one event as a dict, or None if there are no more.
 
-    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in send(). For
+    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
     events without a key remove that line, and key=key from the call of produce(); they go to random partitions.
     With --count 0 and --interval 0 it is called without limit and pause, until it returns None.
     While it waits for data, no reports are passed on, and Ctrl-C has to wait too. So it should never wait for long.
@@ -121,22 +129,6 @@ def registration(fake):
         "platform": fake.random_element(("Mobile", "Laptop", "Tablet")),
         "signup_at": str(fake.date_time_this_month()),
     }
-
-
-def send(producer, run, report, topic, event):
-    """Puts an event into the queue. If there is no room, waits until reports have made some, or raises BufferError."""
-    key = str(event["user_id"])
-    value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
-    while True:
-        try:
-            producer.produce(topic, key=key, value=value, on_delivery=report.on_delivery)
-            return
-        except BufferError:  # There is no room.
-            if len(producer) == 0:  # Even an empty queue has too little: it also has a limit in bytes.
-                raise
-            if run.stopped:  # After Ctrl-C or a failure we don't wait. The event counts as failed.
-                return
-            producer.poll(0.1)
 
 
 class Report:
@@ -175,16 +167,24 @@ class Report:
 def flush_all(producer, run, topic):
     """Waits until each event has its delivery report.
 
-    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms). Ctrl-C
-    sets run.give_up_at, which is infinite before, to five seconds later.
+    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms).
     """
     while len(producer) > 0:  # The number of events without a report.
-        if time.monotonic() > run.give_up_at:
-            producer.purge()  # Makes a failed report for each, though it may be stored. flush() passes these on.
         try:
-            producer.flush(0.1)  # Waits for reports, as poll() does. Not longer, so that we notice Ctrl-C.
-        except KafkaException as error:  # The library can't send any more, and reports the rest as failed.
+            wait_for_reports(producer, run)
+        except KafkaException as error:  # The library can't send any more. The next rounds pass on failed reports.
             run.fail(error, topic)
+
+
+def wait_for_reports(producer, run):
+    """Waits for reports for at most 100 ms, and passes them on.
+
+    Ctrl-C sets run.give_up_at, which is infinite before, to five seconds later. From then on each event that has no
+    report is reported as failed, though it may be stored.
+    """
+    if time.monotonic() > run.give_up_at:
+        producer.purge()
+    producer.flush(0.1)  # As poll(), but without waiting for more events that fit into the same request.
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -199,8 +199,9 @@ MORE_SETTINGS = {
     # library ignore that; later, such an answer makes events fail. From 36 minutes on, its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
 }
-# What --config can't change. With the last one on_delivery() would not hear of what is delivered.
-FIXED = {"statistics.interval.ms", "delivery.report.only.error"}
+# What --config can't change. By default the queue has room for 1 GB, and no event can be larger; with less, produce()
+# could raise BufferError for ever. With the last one on_delivery() would not hear of what is delivered.
+FIXED = {"queue.buffering.max.kbytes", "statistics.interval.ms", "delivery.report.only.error"}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
@@ -232,11 +233,11 @@ class Run:
         """Ends the sending. Of several exit statuses the first one counts."""
         self.exit_status = self.exit_status or exit_status
 
-    def fail(self, error, topic):
-        """Ends the sending because of an exception of the library."""
+    def fail(self, error, topic, last_value=None):
+        """Ends the sending because of an exception of the library. The log also names the last event."""
         self.stop(exit_status=1)
         line = f"{NAME}: can't write to topic {topic}: {reason(error)}"
-        self.log(line)
+        self.log(line if last_value is None else f"{line}, with value of {last_value}")
         self.write(line, sys.stderr)
 
     def log(self, line):

@@ -252,7 +252,7 @@ class Benchmark:
     def new_topic(self, count):
         """Makes a topic with that many events and returns its name."""
         topic = new_name()
-        produce(self.cluster, topic, sample_events(count), **{"queue.buffering.max.messages": 1_000_000})
+        produce(self.cluster, topic, sample_events(count))
         return topic
 
     @functools.cached_property

@@ -398,7 +398,9 @@ def create_topic(cluster, topic, partitions=1, **config):
 
 def produce(cluster, topic, events, **config):
     """Writes events, each bytes or None or a dict of produce()'s arguments, and waits for their delivery."""
-    producer = Producer({**cluster.client_config, "linger.ms": 1, **config})
+    # Room for all of them, even if the broker is slower than this loop.
+    settings = {"linger.ms": 1, "queue.buffering.max.messages": 1_000_000}
+    producer = Producer({**cluster.client_config, **settings, **config})
     errors = []
     for event in events:
         arguments = event if isinstance(event, dict) else {"value": event}

@@ -114,11 +114,14 @@ def test_localhost_with_two_addresses(scripts, cluster, topic):
 
 
 def test_ctrl_c_while_the_broker_is_away(scripts, cluster, topic, group):
-    """The producer waits five seconds for its deliveries; the consumer can't commit, and a second Ctrl-C ends it."""
+    """The producer, whose queue is full, waits five seconds for its deliveries; the consumer can't commit, and a second
+    Ctrl-C ends it.
+    """
     produce(cluster, topic, numbered(10))
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_lines(10)
-    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.01)
+    scripts.folder.joinpath("short").write_text("queue.buffering.max.messages=100\n")
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0, "-F", "short")
     producer.wait_for_lines(10)
     cluster.brokers[0].kill()
     try:
