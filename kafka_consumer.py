@@ -27,11 +27,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 
 # What happens to an event, for example the one at offset 6:
-# 1. Poll: the library, a thread of which fetches events ahead, hands it to us.
+# 1. Poll: the library hands it to us. A thread of the library has fetched it ahead.
 # 2. Process: we do with it what we are here for. process() prints it.
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 4. Commit: a thread of the library sends the 7 to Kafka: every five seconds, whatever we are doing then; also before a
-#    rebalance takes the partition away, and in close(). enable.auto.commit is on by default, so we never call commit().
+# 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, whatever we are doing then. It does so too
+#    before a rebalance takes the partition away, and in close(). enable.auto.commit is True by default, so we never
+#    call commit().
 # If the program is killed, what was read since the last commit comes again: better twice than never.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
@@ -68,7 +69,7 @@ def main():
             consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
-            # since enable.auto.commit is False then, so step 3 has no effect.
+            # since parse_arguments() has set enable.auto.commit to False, so step 3 has no effect.
             assign_partitions(consumer, args.topic, args.from_offset)
         handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
         while printed < args.max_messages and not end.has_come:
@@ -95,7 +96,8 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: stored in a database, or written by write_out(). (print() may buffer it.)
+    - Don't return before the event is safe: stored in a database, or written by write_out(). print() is not enough: it
+      may keep the event in a buffer.
     - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.

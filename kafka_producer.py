@@ -33,9 +33,10 @@ from faker import Factory
 #    the queue. If no answer comes, or a temporary error, the thread sends it again, for up to two minutes.
 # 3. The library makes a delivery report:
 #    - delivered: the leader has confirmed the event.
-#    - failed: it has not, or has refused it. Perhaps the event is stored all the same, and only the answer was lost.
-# 4. We call poll(), or flush() at the end. They pass the report to on_delivery(), and only then its place in the queue
-#    is free. len(producer) is the number of places taken. So we wait in poll(), not in sleep().
+#    - failed: the leader has refused it, or no confirmation came. Perhaps the event is stored all the same, and only
+#      the answer was lost.
+# 4. The report waits until we call poll(), or flush() at the end. They call on_delivery() with it, and only then the
+#    event leaves the queue. So we wait in poll(), not in sleep(). len(producer) is the number of events in the queue.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -49,10 +50,11 @@ SETTINGS = {
     # changed, because of a bug in the library (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    # How many events have room in the queue. If the program is killed, those that are in it may be lost.
-    "queue.buffering.max.messages": 10_000,
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
+# At most so many events are in the queue; then we wait for reports. If the program is killed, they may be lost.
+# The queue has room for 1 GB, so 1,000 events of 1 MB always fit. If it is full, produce() raises BufferError.
+MAX_UNCONFIRMED = 1_000
 
 
 def main():
@@ -79,7 +81,7 @@ def main():
     value = None
     try:
         while made < args.count:  # With --count 0 that is infinite.
-            wait_for_turn(producer, run, start + made * args.interval)  # Calls poll(): step 4.
+            wait_for_turn(producer, run, start + made * args.interval)  # Waits in poll(): step 4.
             if run.stopped:
                 break
             event = registration(fake)
@@ -88,15 +90,11 @@ def main():
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
-            while True:
-                try:
-                    producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-                    break
-                except BufferError:  # The queue is full. Reports make room.
-                    wait_for_reports(producer, run)  # Calls flush(): step 4.
+            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
             producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
-    except KafkaException as error:
-        # produce() has refused this event (too large, for example), so no report will come; or the library can't go on.
+    except (KafkaException, BufferError) as error:
+        # produce() has refused this event (too large, for example), so no report will come. Or the library has met a
+        # fatal error, after which it sends nothing more.
         run.fail(error, args.topic, value)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
@@ -106,12 +104,16 @@ def main():
 
 
 def wait_for_turn(producer, run, due):
-    """Passes on the reports that come until it is time for the next event, something fails, or Ctrl-C.
+    """Waits until it is time for the next event, and there is room for it in the queue; or until a failure or Ctrl-C.
 
     due: when it is time, on the clock of time.monotonic().
     """
-    while time.monotonic() < due and not run.stopped:
-        producer.poll(0.01)  # Waits up to 10 ms for reports.
+    left = due - time.monotonic()
+    while left > 0 and not run.stopped:
+        producer.poll(min(left, 0.1))  # Waits for reports, but for 100 ms at most, so that we notice Ctrl-C.
+        left = due - time.monotonic()
+    while len(producer) >= MAX_UNCONFIRMED and not run.stopped:
+        producer.poll(0.1)  # Reports make room.
 
 
 def registration(fake):
@@ -167,24 +169,16 @@ class Report:
 def flush_all(producer, run, topic):
     """Waits until each event has its delivery report.
 
-    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms).
+    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms). Five
+    seconds after Ctrl-C (run.give_up_at, infinite before) we wait no longer.
     """
-    while len(producer) > 0:  # The number of events without a report.
+    while len(producer) > 0:
+        if time.monotonic() > run.give_up_at:
+            producer.purge()  # Each event that is left gets a report of failure, though it may be stored.
         try:
-            wait_for_reports(producer, run)
-        except KafkaException as error:  # The library can't send any more. The next rounds pass on failed reports.
+            producer.flush(0.1)  # Waits for all reports, but for 100 ms at most, so that we notice Ctrl-C.
+        except KafkaException as error:  # A fatal error. The next rounds get a report of failure for each event.
             run.fail(error, topic)
-
-
-def wait_for_reports(producer, run):
-    """Waits for reports for at most 100 ms, and passes them on.
-
-    Ctrl-C sets run.give_up_at, which is infinite before, to five seconds later. From then on each event that has no
-    report is reported as failed, though it may be stored.
-    """
-    if time.monotonic() > run.give_up_at:
-        producer.purge()
-    producer.flush(0.1)  # As poll(), but without waiting for more events that fit into the same request.
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------
@@ -199,9 +193,13 @@ MORE_SETTINGS = {
     # library ignore that; later, such an answer makes events fail. From 36 minutes on, its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
 }
-# What --config can't change. By default the queue has room for 1 GB, and no event can be larger; with less, produce()
-# could raise BufferError for ever. With the last one on_delivery() would not hear of what is delivered.
-FIXED = {"queue.buffering.max.kbytes", "statistics.interval.ms", "delivery.report.only.error"}
+# What --config can't change. With the last one on_delivery() would not hear of what is delivered.
+FIXED = {
+    "queue.buffering.max.messages",
+    "queue.buffering.max.kbytes",
+    "statistics.interval.ms",
+    "delivery.report.only.error",
+}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
@@ -237,7 +235,7 @@ class Run:
         """Ends the sending because of an exception of the library. The log also names the last event."""
         self.stop(exit_status=1)
         line = f"{NAME}: can't write to topic {topic}: {reason(error)}"
-        self.log(line if last_value is None else f"{line}, with value of {last_value}")
+        self.log(line if last_value is None else f"{line} (last event: {last_value})")
         self.write(line, sys.stderr)
 
     def log(self, line):

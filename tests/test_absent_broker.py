@@ -120,8 +120,7 @@ def test_ctrl_c_while_the_broker_is_away(scripts, cluster, topic, group):
     produce(cluster, topic, numbered(10))
     consumer = scripts.consumer("-t", topic, "-G", group)
     consumer.wait_for_lines(10)
-    scripts.folder.joinpath("short").write_text("queue.buffering.max.messages=100\n")
-    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0, "-F", "short")
+    producer = scripts.producer("-t", topic, "-c", 0, "-i", 0)
     producer.wait_for_lines(10)
     cluster.brokers[0].kill()
     try:

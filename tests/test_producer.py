@@ -57,8 +57,8 @@ def test_a_seed_makes_the_same_people(scripts, cluster, topic):
 def test_a_full_local_queue_is_waited_for(scripts, cluster, topic):
     config = scripts.folder / "slow.properties"
     config.write_text("# wait for three seconds\nlinger.ms = 3000\n\nbatch.num.messages=99999\nbatch.size=9999999\n")
-    assert scripts.producer("-t", topic, "-c", 10_001, "-i", 0, "-F", config).wait() == 0
-    assert len(read_topic(cluster, topic)) == 10_001
+    assert scripts.producer("-t", topic, "-c", 1_001, "-i", 0, "-F", config).wait() == 0
+    assert len(read_topic(cluster, topic)) == 1_001
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, topic):
