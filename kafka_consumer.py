@@ -40,8 +40,9 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # With True (the default) poll() would do step 3, before step 2. The thread could then commit 7 while process() has
-    # 6; killed at that moment, we would never see 6 again. False: we store the offset ourselves, after process().
+    # Not to be confused with enable.auto.commit, which stays True: step 4 happens by itself. With this one step 3 would
+    # too, in poll(), so before step 2. The thread could then commit 7 while process() is still at 6; if we are killed
+    # at that moment, 6 is lost. False: we store the offset ourselves, after process().
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
@@ -66,7 +67,7 @@ def main():
         if args.from_offset is None:
             # The usual way: joins the group. In a rebalance we get partitions, and begin at their committed offsets.
             # poll() calls on_assign() when we get some, and on_revoke() or on_lost() when they go. These only print.
-            consumer.subscribe([args.topic], on_assign=on_assign, on_revoke=on_revoke, on_lost=on_lost)
+            consumer.subscribe([args.topic], on_assign=end.on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
             # since parse_arguments() has set enable.auto.commit to False, so step 3 has no effect.
@@ -114,11 +115,6 @@ def process(message, verbose):
 def text(data):
     r"""Returns bytes as text, with \xff and the like for what is not UTF-8; None as null."""
     return "null" if data is None else data.decode(errors="backslashreplace")
-
-
-def on_assign(consumer, partitions):
-    """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-    tell_partitions("Got partitions", partitions)
 
 
 def on_revoke(consumer, partitions):
@@ -174,6 +170,7 @@ class End:
     reached: a set of TopicPartitions, those that are read to the end. They are equal if topic and partition are.
     idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
     the time when there was no need to look.
+    silent: with --exit, how often look() found partitions from which neither events nor their end had come.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):
@@ -182,11 +179,17 @@ class End:
         self.has_come = False
         self.reached = set()
         self.idle = 0
+        self.silent = 0
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.has_come = True
+
+    def on_assign(self, consumer, partitions):
+        """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
+        self.reached -= set(partitions)  # Others may have been at them, or what we read was not committed.
+        tell_partitions("Got partitions", partitions)
 
     def partition_ends(self, message):
         """A partition is read to the end."""
@@ -203,6 +206,14 @@ class End:
         self.idle = 0
         if self.exit_when_all_is_read and self.reached == ours:
             self.has_come = True
+        elif self.exit_when_all_is_read:
+            self.count_silent(ours - self.reached)
+
+    def count_silent(self, unread):
+        """Tells if there is no end of some partitions, since the library waits for a leader without a word."""
+        self.silent += 1
+        if self.silent % 20 == 0:
+            tell_partitions("Waiting for the end of these partitions, which perhaps have no leader", unread)
 
     def count_idle(self):
         """Tells if we have had no partitions for long; with --exit this ends the program."""
@@ -406,7 +417,7 @@ def properties(path):
     return found
 
 
-def start_offset(given):
+def offset(given):
     """Returns what assign_partitions() takes; raises ValueError for anything else."""
     if given == "beginning":
         return 0
@@ -426,7 +437,7 @@ def parse_arguments():
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
     add("-G", "--group", help="consumer group to read as (default: python-consumer)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
-    add("-o", "--from-offset", type=start_offset, help="for each partition: N, -N (before its end), beginning, end")
+    add("-o", "--from-offset", type=offset, help="for each partition: N, -N (before its end), beginning, end")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")
     add("-e", "--exit", action="store_true", help="end when everything is read (default: wait for more)")
     add("-v", "--verbose", action="store_true", help="partition, offset, timestamp and key before each event")

@@ -45,15 +45,14 @@ SETTINGS = {
     # An event may be stored, and its confirmation lost. Then the library sends the event again. With True it numbers
     # its events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # How many requests may wait for an answer from each broker. A request carries many events, so one is fast enough,
-    # unless there are many partitions and the network is slow. With more, events failed now and then when the leader
-    # changed, because of a bug in the library (librdkafka issue 4953).
+    # How many requests may wait for an answer from each broker. A request carries many events, so one is nearly always
+    # fast enough. With more, events can fail when the leader changes, because of a bug (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
-# At most so many events are in the queue; then we wait for reports. If the program is killed, they may be lost.
-# The queue has room for 1 GB, so 1,000 events of 1 MB always fit. If it is full, produce() raises BufferError.
+# So many events may be in the queue; then we wait for reports before we make more. If the program is killed, the events
+# in the queue may be lost. (In bytes it has room for 1 GB. Beyond that produce() would raise BufferError.)
 MAX_UNCONFIRMED = 1_000
 
 
@@ -91,10 +90,10 @@ def main():
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-            producer.poll(0)  # Passes on the reports that have come, and does not wait: step 4.
+            producer.poll(0)  # Step 4, without waiting: at full speed (--interval 0) wait_for_turn() never waits.
     except (KafkaException, BufferError) as error:
-        # produce() has refused this event (too large, for example), so no report will come. Or the library has met a
-        # fatal error, after which it sends nothing more.
+        # produce() has refused the last event (too large, for example), so no report will come. Or the library has met
+        # a fatal error, after which it sends nothing more.
         run.fail(error, args.topic, value)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from confluent_kafka.admin import AdminClient
-from conftest import THREE_BROKERS, create_topic, wait_until
+from conftest import THREE_BROKERS, create_topic, numbered, numbers, produce, wait_until
 from faults import SAME_PEOPLE, assert_all_there_once, logged, order_of_people, random_moments, stored
 
 pytestmark = [pytest.mark.breaks_cluster(THREE_BROKERS), pytest.mark.long]
@@ -41,6 +41,24 @@ def test_topics_have_three_copies(scripts, topic, group, partitions):
     assert scripts.consumer("-t", topic, "-G", group, "--exit").wait() == 0
     for name in (topic, "__consumer_offsets"):
         assert {len(partition.replicas) for partition in partitions(name)} == {3}
+
+
+def test_exit_when_a_partition_has_no_leader(scripts, cluster, topic, group, partitions):
+    """The library waits for one without a word."""
+    create_topic(cluster, topic)
+    # Makes __consumer_offsets, for which all three are needed.
+    assert scripts.consumer("-t", topic, "-G", group, "--exit").wait() == 0
+    produce(cluster, topic, numbered(1))
+    leader = cluster.brokers[partitions(topic)[0].leader - 1]
+    leader.kill()
+    wait_until(lambda: partitions(topic)[0].leader == -1, f"the others to know that {leader.name} is away")
+    consumer = scripts.consumer("-t", topic, "-G", group, "--exit")
+    try:
+        consumer.wait_for_stderr("Waiting for the end of these partitions, which perhaps have no leader: 0\n")
+    finally:
+        leader.start()
+    assert consumer.wait() == 0
+    assert numbers(consumer.lines) == [0]
 
 
 def test_leader_killed_in_the_middle(scripts, cluster, topic, group, partitions):
