@@ -30,9 +30,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 1. Poll: the library hands it to us. A thread of the library has fetched it ahead.
 # 2. Process: we do with it what we are here for. process() prints it.
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, whatever we are doing then. It does so too
-#    before a rebalance takes the partition away, and in close(). enable.auto.commit is True by default, so we never
-#    call commit().
+# 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, even while process() runs. It does so too
+#    before a rebalance takes the partition away, and in close(). We never call commit() ourselves.
 # If the program is killed, what was read since the last commit comes again: better twice than never.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
@@ -40,9 +39,9 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # Not to be confused with enable.auto.commit, which stays True: step 4 happens by itself. With this one step 3 would
-    # too, in poll(), so before step 2. The thread could then commit 7 while process() is still at 6; if we are killed
-    # at that moment, 6 is lost. False: we store the offset ourselves, after process().
+    # False: we do step 3 ourselves, after process(). With True (the default) poll() does it when it hands us event 6,
+    # so before process(). If the thread then commits 7, and we are killed before process() has ended, 6 is lost.
+    # (Step 4 has a setting of its own, enable.auto.commit. It stays True.)
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
@@ -66,7 +65,7 @@ def main():
     try:
         if args.from_offset is None:
             # The usual way: joins the group. In a rebalance we get partitions, and begin at their committed offsets.
-            # poll() calls on_assign() when we get some, and on_revoke() or on_lost() when they go. These only print.
+            # poll() calls end.on_assign() when we get some, and on_revoke() or on_lost() when they go: to tell of it.
             consumer.subscribe([args.topic], on_assign=end.on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
@@ -125,9 +124,9 @@ def on_revoke(consumer, partitions):
 def on_lost(consumer, partitions):
     """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-    A thread of the library tells Kafka every few seconds that we live. Most often that has not arrived for 45 seconds
-    (the program was suspended, for example), or process() took five minutes. Others may be reading these partitions
-    already, so it is too late to commit.
+    A thread of the library sends Kafka a sign of life, a heartbeat, every few seconds. Most often none has arrived for
+    45 seconds (the program was suspended, for example), or process() took five minutes. Others may be reading these
+    partitions already, so it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 

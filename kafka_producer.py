@@ -20,23 +20,23 @@ from faker import Factory
 # A broker is a Kafka server, and a cluster is one or more of them. Brokers store events and hand them out.
 # The library calls an event a message.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic, and keeps its events in order. Several brokers may have it; each copy is called a
-# replica. One of them is the leader: it takes the events, and the others copy them from it. If the leader's broker
-# fails, another replica becomes the leader.
+# A partition is a part of a topic, and keeps its events in order. Several brokers may have copies of it, its replicas.
+# One of these is the leader: it takes the events, and the others copy them from it. If the leader's broker fails,
+# another replica becomes the leader.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
 
 # What happens to an event:
-# 1. produce() puts it into a queue in memory, and returns.
-# 2. A thread of the library sends it to the leader, together with others, in one request. The event keeps its place in
-#    the queue. If no answer comes, or a temporary error, the thread sends it again, for up to two minutes.
-# 3. The library makes a delivery report:
-#    - delivered: the leader has confirmed the event.
-#    - failed: the leader has refused it, or no confirmation came. Perhaps the event is stored all the same, and only
-#      the answer was lost.
-# 4. The report waits until we call poll(), or flush() at the end. They call on_delivery() with it, and only then the
-#    event leaves the queue. So we wait in poll(), not in sleep(). len(producer) is the number of events in the queue.
+# 1. produce() puts it into a queue in memory, and returns at once. It stays there until step 4, even after it is sent.
+# 2. A thread of the library sends it to the leader, together with others. If no answer comes, or a temporary error, it
+#    sends the event again, for up to two minutes.
+# 3. The thread makes a delivery report, one of two:
+#    - Delivered: the leader has confirmed the event.
+#    - Failed: the leader has refused it, or has not answered. Without an answer nobody knows whether it is stored.
+# 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
+# Without poll() the queue fills up. So we call it after each produce(), and wait in it, not in sleep(). At the end
+# flush() does the same until the queue is empty.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -46,13 +46,13 @@ SETTINGS = {
     # its events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
     # How many requests may wait for an answer from each broker. A request carries many events, so one is nearly always
-    # fast enough. With more, events can fail when the leader changes, because of a bug (librdkafka issue 4953).
+    # fast enough. With more, a bug makes some events fail when the leader changes (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
-# So many events may be in the queue; then we wait for reports before we make more. If the program is killed, the events
-# in the queue may be lost. (In bytes it has room for 1 GB. Beyond that produce() would raise BufferError.)
+# When this many events are in the queue, we wait for reports before we make more. If the program is killed, the events
+# in the queue may be lost. (The queue also has room for 1 GB at most. Beyond that produce() would raise BufferError.)
 MAX_UNCONFIRMED = 1_000
 
 
@@ -77,7 +77,7 @@ def main():
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     start = time.monotonic()
     made = 0
-    value = None
+    value = None  # Of the last event.
     try:
         while made < args.count:  # With --count 0 that is infinite.
             wait_for_turn(producer, run, start + made * args.interval)  # Waits in poll(): step 4.
@@ -90,7 +90,7 @@ def main():
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-            producer.poll(0)  # Step 4, without waiting: at full speed (--interval 0) wait_for_turn() never waits.
+            producer.poll(0)  # Step 4, without waiting. (wait_for_turn() calls poll() only if it has to wait.)
     except (KafkaException, BufferError) as error:
         # produce() has refused the last event (too large, for example), so no report will come. Or the library has met
         # a fatal error, after which it sends nothing more.
@@ -146,7 +146,7 @@ class Report:
         what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.run.delivered += 1
-            # The offset is None if the leader only says that it already has the event.
+            # The offset is None if the leader only says that it already has the event (see enable.idempotence).
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on {what}, {place}"
             self.run.log(line)
@@ -166,17 +166,16 @@ class Report:
 
 
 def flush_all(producer, run, topic):
-    """Waits until each event has its delivery report.
+    """Waits until each event has its delivery report: two minutes at most (delivery.timeout.ms).
 
-    That always ends: an event that is not confirmed in two minutes is reported as failed (delivery.timeout.ms). Five
-    seconds after Ctrl-C (run.give_up_at, infinite before) we wait no longer.
+    After Ctrl-C we wait for five seconds: run.give_up_at, which is infinite before.
     """
-    while len(producer) > 0:
+    while len(producer) > 0:  # Events without a report, and other news from the library.
         if time.monotonic() > run.give_up_at:
-            producer.purge()  # Each event that is left gets a report of failure, though it may be stored.
+            producer.purge()  # Each gets a report of failure, though it may be stored. flush() passes these on.
         try:
             producer.flush(0.1)  # Waits for all reports, but for 100 ms at most, so that we notice Ctrl-C.
-        except KafkaException as error:  # A fatal error. The next rounds get a report of failure for each event.
+        except KafkaException as error:  # Fatal: nothing more is sent. The loop goes on for the rest of the reports.
             run.fail(error, topic)
 
 

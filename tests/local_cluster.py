@@ -367,10 +367,10 @@ class Cluster:
             properties["advertised.listeners"] = properties["advertised.listeners"].replace("127.0.0.1", "localhost")
             broker.configure(properties | self.settings)
 
-    def wait_until_ready(self, services=None, limit=START_LIMIT):
+    def wait_until_ready(self, services=None, limit=START_LIMIT, starts=STARTS):
         """Returns when these services, by default all, answer.
 
-        Raises ClusterError when one dies again and again, or after `limit` seconds.
+        Raises ClusterError when one dies at `starts` starts, or after `limit` seconds.
         """
         services = services or self.services
         brokers = [service for service in services if service in self.brokers]
@@ -388,7 +388,7 @@ class Cluster:
 
         while waiting := [service for service in services if not answers(service)]:
             for service in waiting:
-                dies = service.exits() - exits[service] >= STARTS
+                dies = service.exits() - exits[service] >= starts
                 if dies or time.monotonic() > deadline:
                     what = "dies at its start" if dies else f"does not answer in {limit} s"
                     raise ClusterError(f"{service.name} {what}. {service.log} ends:\n{service.last_lines()}")
