@@ -32,7 +32,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
 # 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, even while process() runs. It does so too
 #    before a rebalance takes the partition away, and in close(). We never call commit() ourselves.
-# If the program is killed, what was read since the last commit comes again: better twice than never.
+# If the program is killed, what was processed since the last commit comes again: better twice than never.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -64,8 +64,8 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # The usual way: joins the group. In a rebalance we get partitions, and begin at their committed offsets.
-            # poll() calls end.on_assign() when we get some, and on_revoke() or on_lost() when they go: to tell of it.
+            # The usual way: asks to join the group. Partitions come later, in a rebalance: poll() then calls
+            # end.on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
             consumer.subscribe([args.topic], on_assign=end.on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
             # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
@@ -166,7 +166,7 @@ LASTING_ERRORS = {
 class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
-    reached: a set of TopicPartitions, those that are read to the end. They are equal if topic and partition are.
+    reached: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
     idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
     the time when there was no need to look.
     silent: with --exit, how often look() found partitions from which neither events nor their end had come.
@@ -193,19 +193,23 @@ class End:
     def partition_ends(self, message):
         """A partition is read to the end."""
         self.reached.add(TopicPartition(message.topic(), message.partition()))
-        self.look()
+        self.check_end(set(self.consumer.assignment()))
+
+    def check_end(self, ours):
+        """Ends the loop if all of our partitions are read. ours: a set of TopicPartitions."""
+        self.reached &= ours  # Forgets those that a rebalance took away.
+        if ours and self.reached == ours:
+            self.has_come = True
 
     def look(self):
-        """Looks whether all is read, or whether we have no partitions."""
+        """Looks what we are waiting for: poll() had nothing for half a second."""
         ours = set(self.consumer.assignment())
-        self.reached &= ours  # Forgets those that a rebalance took away.
+        self.check_end(ours)
         if not ours:
             self.count_idle()
             return
         self.idle = 0
-        if self.exit_when_all_is_read and self.reached == ours:
-            self.has_come = True
-        elif self.exit_when_all_is_read:
+        if self.exit_when_all_is_read and not self.has_come:
             self.count_silent(ours - self.reached)
 
     def count_silent(self, unread):

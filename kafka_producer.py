@@ -77,7 +77,6 @@ def main():
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     start = time.monotonic()
     made = 0
-    value = None  # Of the last event.
     try:
         while made < args.count:  # With --count 0 that is infinite.
             wait_for_turn(producer, run, start + made * args.interval)  # Waits in poll(): step 4.
@@ -89,12 +88,14 @@ def main():
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
-            producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+            try:
+                producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
+            except (KafkaException, BufferError) as error:  # Refused: too large, for example. No report will come.
+                run.fail(error, args.topic, value)
+                break
             producer.poll(0)  # Step 4, without waiting. (wait_for_turn() calls poll() only if it has to wait.)
-    except (KafkaException, BufferError) as error:
-        # produce() has refused the last event (too large, for example), so no report will come. Or the library has met
-        # a fatal error, after which it sends nothing more.
-        run.fail(error, args.topic, value)
+    except KafkaException as error:  # A fatal error, from poll(): the library sends nothing more.
+        run.fail(error, args.topic)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
@@ -170,12 +171,12 @@ def flush_all(producer, run, topic):
 
     After Ctrl-C we wait for five seconds: run.give_up_at, which is infinite before.
     """
-    while len(producer) > 0:  # Events without a report, and other news from the library.
+    while len(producer) > 0:  # Some reports have not been passed on.
         if time.monotonic() > run.give_up_at:
-            producer.purge()  # Each gets a report of failure, though it may be stored. flush() passes these on.
+            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
         try:
-            producer.flush(0.1)  # Waits for all reports, but for 100 ms at most, so that we notice Ctrl-C.
-        except KafkaException as error:  # Fatal: nothing more is sent. The loop goes on for the rest of the reports.
+            producer.flush(0.1)  # Passes reports on, for 100 ms at most, so that we notice Ctrl-C.
+        except KafkaException as error:  # A fatal error: nothing more is sent, but reports still come.
             run.fail(error, topic)
 
 
@@ -229,11 +230,11 @@ class Run:
         """Ends the sending. Of several exit statuses the first one counts."""
         self.exit_status = self.exit_status or exit_status
 
-    def fail(self, error, topic, last_value=None):
-        """Ends the sending because of an exception of the library. The log also names the last event."""
+    def fail(self, error, topic, value=None):
+        """Ends the sending because of an exception of the library. value: that of the event that it has refused."""
         self.stop(exit_status=1)
         line = f"{NAME}: can't write to topic {topic}: {reason(error)}"
-        self.log(line if last_value is None else f"{line} (last event: {last_value})")
+        self.log(line if value is None else f"{line}, with value of {value}")
         self.write(line, sys.stderr)
 
     def log(self, line):

@@ -201,6 +201,14 @@ def test_exit_while_events_keep_coming(scripts, topic, group):
     assert producer.end() == 130
 
 
+def test_exit_with_many_partitions(scripts, cluster, topic, group):
+    """The end of each is no sign that it waits for the others."""
+    create_topic(cluster, topic, partitions=25)
+    consumer = scripts.consumer("-t", topic, "-G", group, "--exit")
+    assert consumer.wait() == 0
+    assert "Waiting" not in consumer.stderr
+
+
 def test_exit_without_a_topic(scripts, topic):
     consumer = scripts.consumer("-t", topic, "--exit")
     assert consumer.wait() == 1

@@ -124,7 +124,7 @@ def test_an_event_that_the_library_refuses(scripts, cluster, topic):
     (error,) = producer.stderr.splitlines()
     assert re.fullmatch(f"kafka_producer.py: can't write to topic {topic}: .*Erroneous state.*", error)
     (line,) = scripts.log.read_text().splitlines()
-    assert re.match(rf"\S+ \S+ {re.escape(error)} \(last event: {{\"user_id\": \d+, .*}}\)$", line)
+    assert re.match(rf"\S+ \S+ {re.escape(error)}, with value of {{\"user_id\": \d+, .*}}$", line)
     assert read_topic(cluster, topic) == []
 
 
