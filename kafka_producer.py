@@ -51,8 +51,8 @@ SETTINGS = {
     "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
     "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
 }  # MORE_SETTINGS, below the lesson, are for networks.
-# When this many events are in the queue, we wait for reports before we make more. If the program is killed, the events
-# in the queue may be lost. (The queue also has room for 1 GB at most. Beyond that produce() would raise BufferError.)
+# When this many events are in the queue (len(producer)), we wait for reports before we make more. If the program is
+# killed, they may be lost. (The queue also has room for 1 GB at most. Beyond that produce() raises BufferError.)
 MAX_UNCONFIRMED = 1_000
 
 
@@ -77,6 +77,10 @@ def main():
     report = Report(run, args.quiet)  # report.on_delivery() gets the delivery reports.
     start = time.monotonic()
     made = 0
+    # Three things can fail, and each sets run.stopped:
+    # - produce() raises: it has refused this event (too large, for example), and no report will come.
+    # - poll() raises: a fatal error, after which the library sends nothing more.
+    # - on_delivery() gets a report of failure.
     try:
         while made < args.count:  # With --count 0 that is infinite.
             wait_for_turn(producer, run, start + made * args.interval)  # Waits in poll(): step 4.
@@ -90,11 +94,11 @@ def main():
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=report.on_delivery)  # Step 1.
-            except (KafkaException, BufferError) as error:  # Refused: too large, for example. No report will come.
+            except (KafkaException, BufferError) as error:
                 run.fail(error, args.topic, value)
                 break
             producer.poll(0)  # Step 4, without waiting. (wait_for_turn() calls poll() only if it has to wait.)
-    except KafkaException as error:  # A fatal error, from poll(): the library sends nothing more.
+    except KafkaException as error:  # From poll().
         run.fail(error, args.topic)
     finally:
         flush_all(producer, run, args.topic)  # Events that still have no report could be lost if we ended now.
