@@ -169,7 +169,7 @@ class End:
     reached: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
     idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
     the time when there was no need to look.
-    silent: with --exit, how often look() found partitions from which neither events nor their end had come.
+    silent: with --exit, how often look() found partitions that are not read to their end.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):
@@ -216,7 +216,7 @@ class End:
         """Tells if there is no end of some partitions, since the library waits for a leader without a word."""
         self.silent += 1
         if self.silent % 20 == 0:
-            tell_partitions("Waiting for the end of these partitions, which perhaps have no leader", unread)
+            tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
 
     def count_idle(self):
         """Tells if we have had no partitions for long; with --exit this ends the program."""

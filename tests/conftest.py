@@ -483,6 +483,12 @@ def assert_wrong_call(script):
     assert all(line.startswith(" ") for line in usage[1:])
 
 
+def last_error(script):
+    """Returns the last line on standard error, but for what the consumer says when it closes."""
+    closing = r"Printed \d+ events\. Closing\.|Gave up partitions: .*"
+    return [line for line in script.stderr.splitlines() if not re.fullmatch(closing, line)][-1]
+
+
 def numbered(count):
     """Returns that many distinct JSON events as bytes."""
     return [json.dumps({"number": number}).encode() for number in range(count)]

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from conftest import committed, create_topic, numbered, produce, read_topic, wait_until
+from conftest import committed, create_topic, last_error, numbered, produce, read_topic, wait_until
 from faults import bring_back, logged, random_moments, stored
 
 pytestmark = pytest.mark.breaks_cluster
@@ -104,7 +104,7 @@ def test_damaged_events(scripts, cluster, topic, group):
     for _ in range(2):
         consumer = scripts.consumer("-t", topic, "-G", group, "-F", "check", "--exit")
         assert consumer.wait() == 1
-        assert f"\nkafka_consumer.py: can't read topic {topic}: MessageSet at offset 1 " in consumer.stderr
+        assert last_error(consumer).startswith(f"kafka_consumer.py: can't read topic {topic}: MessageSet at offset 1 ")
         assert committed(cluster, topic, group) == 1
     assert consumer.lines == []
 

@@ -7,7 +7,7 @@ import signal
 import string
 
 import pytest
-from conftest import assert_wrong_call, create_topic, produce, read_topic, wait_until
+from conftest import assert_wrong_call, create_topic, last_error, produce, read_topic, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +146,7 @@ def test_a_consumer_that_is_replaced_ends(scripts, cluster, topic, group):
     first.wait_for_stderr("Got partitions")
     second = scripts.consumer("-t", topic, "-G", group, "-F", config)
     assert first.wait() == 1
-    assert re.search(rf"^kafka_consumer.py: can't read topic {topic}: .*fenced", first.stderr, re.MULTILINE)
+    assert re.match(rf"kafka_consumer.py: can't read topic {topic}: .*fenced", last_error(first))
     second.wait_for_stderr("Got partitions")
     assert second.end() == 0
 

@@ -7,7 +7,17 @@ import signal
 import subprocess
 
 import pytest
-from conftest import committed, create_topic, numbered, numbers, press_again, produce, read_topic, wait_until
+from conftest import (
+    committed,
+    create_topic,
+    last_error,
+    numbered,
+    numbers,
+    press_again,
+    produce,
+    read_topic,
+    wait_until,
+)
 
 
 def logged_values(scripts, topic):
@@ -134,7 +144,7 @@ def test_consumer_whose_stdout_becomes_full(scripts, cluster, topic, group):
     shell = f'ulimit -f 200; exec "$@" > {shlex.quote(str(out))}'
     consumer = scripts.consumer("-t", topic, "-G", group, "-e", shell=shell)
     assert consumer.wait() == 1
-    assert "kafka_consumer.py: can't write to standard output: File too large" in consumer.stderr.splitlines()
+    assert last_error(consumer) == "kafka_consumer.py: can't write to standard output: File too large"
     written = numbers(out.read_text().split("\n")[:-1])
     assert 1000 < len(written) < 20_000
     assert written == list(range(len(written)))
@@ -153,7 +163,7 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
     assert numbers([consumer.process.stdout.readline()]) == [0]
     consumer.process.stdout.close()
     assert consumer.wait() == 1
-    assert "kafka_consumer.py: can't write to standard output: Broken pipe" in consumer.stderr.splitlines()
+    assert last_error(consumer) == "kafka_consumer.py: can't write to standard output: Broken pipe"
     place = committed(cluster, topic, group) or 0
     assert place < 20_000
     again = scripts.consumer("-t", topic, "-G", group, "-e")

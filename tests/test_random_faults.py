@@ -262,8 +262,8 @@ def wrong_lines(clients, events):
 def wrong_ends(clients):
     """Looks at exit statuses, and for what no user should see."""
     wrong = []
+    no_start = r"no answer from Kafka for 30 seconds|can't write to topic \S+: Broker: Invalid replication factor\n$"
     for client in (*clients.producers, *clients.consumers):
-        no_start = "no answer from Kafka for 30 seconds|Broker: Invalid replication factor"
         if not is_at_work(client) and re.search(no_start, client.stderr):
             continue  # By design, when no broker was there, or too few for a topic that one believed to be new.
         uncommitted = re.search("no answer from Kafka at the end|Can't commit offsets", client.stderr)

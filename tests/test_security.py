@@ -19,7 +19,7 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from conftest import EXTERNAL, create_topic, new_cluster, numbered, produce, read_topic, wait_until
+from conftest import EXTERNAL, create_topic, last_error, new_cluster, numbered, produce, read_topic, wait_until
 from cryptography.hazmat.primitives import serialization
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="another cluster is given")
@@ -141,7 +141,7 @@ def assert_failed(script, seconds, expected):
     assert script.wait() == 1
     assert "%" not in script.stderr, "a log line of librdkafka"
     print(f"{script.name} ended after {seconds:.1f} s: {script.stderr}")
-    assert re.search(rf"^(kafka_{script.name}.py: |Failed to deliver)", script.stderr, re.MULTILINE)
+    assert last_error(script).startswith((f"kafka_{script.name}.py: ", "Failed to deliver"))
     assert re.search(expected, script.stderr), script.stderr
     assert_no_password(script)
 
