@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -167,9 +168,8 @@ class End:
     """Knows when to stop: after Ctrl-C, or with --exit when all is read.
 
     reached: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
-    idle: how often in a row look() found no partitions; poll() waits half a second each time. A clock would also count
-    the time when there was no need to look.
-    silent: with --exit, how often look() found partitions that are not read to their end.
+    ours: the partitions that we had at the last look(), a set too.
+    looks: how many looks they are the same. poll() waits half a second for each, so 20 take ten seconds.
     """
 
     def __init__(self, consumer, exit_when_all_is_read):
@@ -177,8 +177,8 @@ class End:
         self.exit_when_all_is_read = exit_when_all_is_read
         self.has_come = False
         self.reached = set()
-        self.idle = 0
-        self.silent = 0
+        self.ours = set()
+        self.looks = 0
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
@@ -205,27 +205,18 @@ class End:
         """Looks what we are waiting for: poll() had nothing for half a second."""
         ours = set(self.consumer.assignment())
         self.check_end(ours)
-        if not ours:
-            self.count_idle()
-            return
-        self.idle = 0
-        if self.exit_when_all_is_read and not self.has_come:
-            self.count_silent(ours - self.reached)
-
-    def count_silent(self, unread):
-        """Tells if there is no end of some partitions, since the library waits for a leader without a word."""
-        self.silent += 1
-        if self.silent % 20 == 0:
-            tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
-
-    def count_idle(self):
-        """Tells if we have had no partitions for long; with --exit this ends the program."""
-        self.idle += 1
-        if self.idle == 20:
+        if ours != self.ours:
+            self.ours = ours
+            self.looks = 0
+        self.looks += 1
+        if self.looks == 20 and not ours:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
-        if self.idle == 120 and self.exit_when_all_is_read:
+        if self.looks == 120 and not ours and self.exit_when_all_is_read:
             fail("no partitions for 60 seconds; other members of the group may have them all")
+        if self.looks % 20 == 0 and self.exit_when_all_is_read:  # The library waits for a leader without a word.
+            unread = ours - self.reached
+            tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
 
 
 def handle_error(message, topic, end):
@@ -334,10 +325,7 @@ def wait_for_kafka(consumer, args):
     Ends the program if there is no answer, or no topic where there must be one.
     """
     must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes it.
-    problem = None
-    give_up_at = time.monotonic() + 30
-    seconds = 1
-    while time.monotonic() < give_up_at:
+    for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
         message = consumer.poll(0)  # Calls error_cb if there was an error.
         if message is not None and message.error().code() in LASTING_ERRORS:
             fail(f"can't read topic {args.topic}: {message.error().str()}")
@@ -345,17 +333,14 @@ def wait_for_kafka(consumer, args):
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
             error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
+            if error is None or not must_exist:
+                tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
+                return
+            problem = f"can't read topic {args.topic}: {error.str()}"
+            time.sleep(2)  # A broker that has just started may not know the topic yet.
         except KafkaException:
-            seconds = min(2 * seconds, 8)  # Some clusters need more time. The first try is short, to tell errors soon.
-            continue
-        if error is None or not must_exist:
-            tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
-            return
-        if problem is None:
-            give_up_at = time.monotonic() + 10  # A broker that has just started may not know the topic yet.
-        problem = f"can't read topic {args.topic}: {error.str()}"
-        time.sleep(1)
-    fail(problem or "no answer from Kafka for 30 seconds")
+            problem = "no answer from Kafka for 30 seconds"
+    fail(problem)
 
 
 def assign_partitions(consumer, topic, wanted):
@@ -406,17 +391,15 @@ def properties(path):
     """
     found = {}
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"can't read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
-        if not line or line.startswith("#"):
-            continue
-        if not value or not re.fullmatch(r"[\w.]+", key):  # The line is not shown, since it may hold a password.
+        if value and re.fullmatch(r"[\w.]+", key):
+            found[key] = value
+        elif line.strip() and not key.startswith("#"):  # The line is not shown, since it may hold a password.
             raise argparse.ArgumentTypeError(f"{path}: line {number} is not key=value")
-        found[key] = value
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -321,25 +322,20 @@ def refusals_told():
 
 def find_topic(producer, topic):
     """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
-    problem = None
-    give_up_at = time.monotonic() + 30
-    seconds = 1
-    while time.monotonic() < give_up_at:
+    for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
         try:
             producer.poll(0)  # Calls error_cb if there was an error.
             error = producer.list_topics(topic, timeout=seconds).topics[topic].error
-        except KafkaException as exception:
-            if exception.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
-                sys.exit(f"{NAME}: can't write to topic {topic}: {reason(exception)}")
-            seconds = min(2 * seconds, 8)  # Some clusters need more time. The first try is short, to tell errors soon.
-            continue
-        if error is None:
-            return
-        if problem is None:
-            give_up_at = time.monotonic() + 10  # The topic may be about to be created.
-        problem = f"can't write to topic {topic}: {error.str()}"
-        time.sleep(1)
-    sys.exit(f"{NAME}: {problem or 'no answer from Kafka for 30 seconds'}")
+            if error is None:
+                return
+            problem = f"can't write to topic {topic}: {error.str()}"
+            time.sleep(2)  # The topic may be about to be created.
+        except KafkaException as error:
+            problem = "no answer from Kafka for 30 seconds"
+            if error.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
+                problem = f"can't write to topic {topic}: {reason(error)}"
+                break
+    sys.exit(f"{NAME}: {problem}")
 
 
 def stop_on_signals(run):
@@ -362,17 +358,15 @@ def properties(path):
     """
     found = {}
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"can't read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         key, _, value = (part.strip() for part in line.partition("="))
-        if not line or line.startswith("#"):
-            continue
-        if not value or not re.fullmatch(r"[\w.]+", key):  # The line is not shown, since it may hold a password.
+        if value and re.fullmatch(r"[\w.]+", key):
+            found[key] = value
+        elif line.strip() and not key.startswith("#"):  # The line is not shown, since it may hold a password.
             raise argparse.ArgumentTypeError(f"{path}: line {number} is not key=value")
-        found[key] = value
     return found
 
 
