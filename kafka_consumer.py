@@ -49,36 +49,37 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    trouble = Trouble()  # Prints problems that may pass. trouble.commit_failed: whether the last commit has failed.
-    callbacks = {  # What the library calls while we are in poll() or close().
-        "error_cb": trouble.on_error,  # When a connection has failed.
-        "on_commit": trouble.on_commit,  # After each commit, also if it has failed.
-        "logger": trouble,  # An object, not a function: the library calls its method log() for each line that it logs.
-    }
-    with refusals_told():  # If the library refuses a setting, that ends the program.
-        # args.settings: MORE_SETTINGS, --config and other options. Of two values for one setting the later one wins.
-        consumer = Consumer(SETTINGS | args.settings | callbacks)
+    run = Run(args)  # Hears what is reported to us. run.stopped: true after Ctrl-C, or with --exit when all is read.
+    try:
+        consumer = Consumer(
+            SETTINGS | MORE_SETTINGS | args.config,  # Of two values for one setting the later one wins.
+            # What the library calls while we are in poll() or close():
+            error_cb=run.on_connection_error,  # When a connection has failed.
+            on_commit=run.on_commit,  # After each commit, also if it has failed.
+            logger=run,  # An object: the library calls its method log() for each line that it logs.
+        )
+    except Exception as error:  # The library refuses a setting.
+        fail(error, status=2)
     tell("Kafka Consumer has been initiated...")
-    wait_for_kafka(consumer, args)  # Prints which topics there are. Ends the program if there is no answer.
+    wait_for_kafka(consumer, run)  # Prints which topics there are. Ends the program if there is no answer.
 
-    end = End(consumer, args.exit)  # end.has_come is true after Ctrl-C, or with --exit when all is read.
     printed = 0
     try:
         if args.from_offset is None:
             # The usual way: asks to join the group. Partitions come later, in a rebalance: poll() then calls
-            # end.on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
-            consumer.subscribe([args.topic], on_assign=end.on_assign, on_revoke=on_revoke, on_lost=on_lost)
+            # run.on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
+            consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=on_revoke, on_lost=on_lost)
         else:
-            # --from-offset: takes all partitions, from the given offset on, and joins no group. Nothing is committed,
-            # since parse_arguments() has set enable.auto.commit to False, so step 3 has no effect.
+            # Takes all partitions, from the given offset on, and joins no group. Step 3 then has no effect, since
+            # parse_arguments() has set enable.auto.commit to False.
             assign_partitions(consumer, args.topic, args.from_offset)
-        handle_signals(end.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
-        while printed < args.max_messages and not end.has_come:
+        handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
+        while printed < args.max_messages and not run.stopped:
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
-                end.look()  # Do we have partitions? With --exit: is all read?
+                run.look(consumer)  # Do we have partitions? With --exit: is all read?
             elif message.error():  # A problem or, only with --exit, the news that a partition is read to its end.
-                handle_error(message, args.topic, end)  # Ends the program if waiting can't help.
+                run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
@@ -86,9 +87,9 @@ def main():
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        with ends_within(8):  # Without a broker close() may take long. Docker, for example, kills a program after ten.
-            consumer.close()  # Commits once more (step 4), and leaves the group.
-    sys.exit(1 if trouble.commit_failed else 0)
+        give_up_after(8)  # Without a broker close() may take minutes. After 8 seconds this ends the program.
+        consumer.close()  # Commits once more (step 4), and leaves the group.
+    sys.exit(1 if run.commit_failed else 0)
 
 
 def process(message, verbose):
@@ -125,9 +126,8 @@ def on_revoke(consumer, partitions):
 def on_lost(consumer, partitions):
     """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-    A thread of the library sends Kafka a sign of life, a heartbeat, every few seconds. Most often none has arrived for
-    45 seconds (the program was suspended, for example), or process() took five minutes. Others may be reading these
-    partitions already, so it is too late to commit.
+    Most often no heartbeat, a sign of life that a thread of the library sends, has arrived for 45 seconds, or process()
+    took five minutes. Others may be reading these partitions already, so it is too late to commit.
     """
     tell("Lost the partitions. Events since the last commit may come again.")
 
@@ -140,135 +140,102 @@ MORE_SETTINGS = {
     "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
-# What --config can't change.
-FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}
-NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
-HINT = (
-    "Is Kafka running (docker compose up -d --wait)? If this is not the address that you gave, "
-    "check advertised.listeners; with TLS, check the host name."
-)
-
-
-# Errors after which waiting does not help.
-LASTING_ERRORS = {
-    KafkaError._FATAL,
-    KafkaError._AUTO_OFFSET_RESET,  # With auto.offset.reset=error: the committed offset is missing or out of range.
-    # Events that are damaged (found with check.crcs=true) or in an unknown format. The library would skip some of them,
-    # and fetch others again and again.
-    KafkaError._BAD_MSG,
-    KafkaError._BAD_COMPRESSION,
-    KafkaError._NOT_IMPLEMENTED,
-    KafkaError.TOPIC_EXCEPTION,  # No topic can have this name.
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
+FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}  # What --config can't change.
+# Errors that may pass by themselves. After any other error waiting does not help.
+PASSING_ERRORS = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
+    KafkaError.LEADER_NOT_AVAILABLE,  # It is being made.
+    KafkaError._TRANSPORT,  # A connection was lost. The library makes a new one.
+    KafkaError._TIMED_OUT,  # No answer in time. The library asks again.
+    KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
 }
+NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
+HINT = "\nIs Kafka running (docker compose up -d --wait)? If so, check advertised.listeners; with TLS, the host name."
+# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-class End:
-    """Knows when to stop: after Ctrl-C, or with --exit when all is read.
+class Run:
+    """Hears what the library and the system report, tells you of it, and knows when to stop.
 
-    reached: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
-    ours: the partitions that we had at the last look(), a set too.
-    looks: how many looks they are the same. poll() waits half a second for each, so 20 take ten seconds.
+    at_end: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
+    looks: how often we have looked, twice a second, since there was news of our partitions.
     """
 
-    def __init__(self, consumer, exit_when_all_is_read):
-        self.consumer = consumer
-        self.exit_when_all_is_read = exit_when_all_is_read
-        self.has_come = False
-        self.reached = set()
-        self.ours = set()
+    def __init__(self, args):
+        self.args = args
+        self.stopped = False
+        self.commit_failed = False
+        self.at_end = set()
         self.looks = 0
+        self.silent_until = 0
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
-        self.has_come = True
+        self.stopped = True
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.reached -= set(partitions)  # Others may have been at them, or what we read was not committed.
+        self.at_end -= set(partitions)  # Others may have been at them, or what we read was not committed.
+        self.looks = 0
         tell_partitions("Got partitions", partitions)
-
-    def partition_ends(self, message):
-        """A partition is read to the end."""
-        self.reached.add(TopicPartition(message.topic(), message.partition()))
-        self.check_end(set(self.consumer.assignment()))
-
-    def check_end(self, ours):
-        """Ends the loop if all of our partitions are read. ours: a set of TopicPartitions."""
-        self.reached &= ours  # Forgets those that a rebalance took away.
-        if ours and self.reached == ours:
-            self.has_come = True
-
-    def look(self):
-        """Looks what we are waiting for: poll() had nothing for half a second."""
-        ours = set(self.consumer.assignment())
-        self.check_end(ours)
-        if ours != self.ours:
-            self.ours = ours
-            self.looks = 0
-        self.looks += 1
-        if self.looks == 20 and not ours:
-            tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
-            tell("If a member was killed, Kafka waits up to 45 seconds for it.")
-        if self.looks == 120 and not ours and self.exit_when_all_is_read:
-            fail("no partitions for 60 seconds; other members of the group may have them all")
-        if self.looks % 20 == 0 and self.exit_when_all_is_read:  # The library waits for a leader without a word.
-            unread = ours - self.reached
-            tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
-
-
-def handle_error(message, topic, end):
-    """Handles what poll() returns besides events. Ends the program if the error is a lasting one."""
-    error = message.error()
-    # With one of these texts librdkafka 2.16 does not ask again, and would never begin to read (its issue 5586).
-    no_start = re.match(r"Failed to fetch committed offset(s for \d| for group)", error.str())
-    if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-        end.partition_ends(message)
-    elif no_start or error.code() in LASTING_ERRORS:
-        fail(f"can't read topic {topic}: {error.str()}")
-    else:
-        tell(error.str())  # The library tries again.
-
-
-class Trouble:
-    """Prints what goes wrong and is no reason to stop. commit_failed: whether the last commit failed."""
-
-    def __init__(self):
-        self.commit_failed = False
-        self.silent_until = 0
-
-    def on_error(self, error):
-        """A connection has failed. The library tries again."""
-        hint = "" if error.code() == KafkaError._AUTHENTICATION else f"\n{HINT}"
-        self.no_connection(f"{error.str()}{hint}")
-
-    def no_connection(self, why):
-        """Printed at most every ten seconds."""
-        if time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
-            tell(f"Can't connect: {why}")
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
-        error = error or next((partition.error for partition in partitions if partition.error), None)
         if error and not self.commit_failed:  # Told once, until a commit succeeds.
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
         self.commit_failed = error is not None
 
-    def log(self, level, template, facility, client, entry):
-        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere, but not that
-        unread events were deleted (OFFSET), or why partitions were lost (SESSTMOUT).
+    def handle_error(self, consumer, message):
+        """poll() has returned something that is no event. Ends the program if waiting can't help."""
+        error = message.error()
+        if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
+            self.at_end.add(TopicPartition(message.topic(), message.partition()))
+            self.looks = 0
+            self.look(consumer)
+        elif error.code() in PASSING_ERRORS:
+            tell(error.str())
+        else:
+            fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-        Settings that "will be ignored" are those for producers, in a --config file for both scripts.
+    def look(self, consumer):
+        """Is all read? Tells if we wait for something other than events."""
+        ours = set(consumer.assignment())
+        unread = ours - self.at_end
+        self.looks = 0 if ours and not self.args.exit else self.looks + 1
+        if ours and not unread:
+            self.stopped = True
+        elif self.looks == 20 and not ours:
+            tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
+            tell("If a member was killed, Kafka waits up to 45 seconds for it.")
+        elif self.looks == 120 and not ours and self.args.exit:
+            fail("no partitions for 60 seconds; other members of the group may have them all")
+        elif self.looks % 20 == 0 and self.args.exit:  # The library waits for a leader without a word.
+            tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
+
+    def on_connection_error(self, error):
+        hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
+        self.no_connection(error.str() + hint)
+
+    def no_connection(self, why):
+        """Tells every ten seconds that a connection has failed. The library tries again all the time."""
+        if time.monotonic() > self.silent_until:
+            self.silent_until = time.monotonic() + 10
+            tell(f"Can't connect: {why}")
+
+    def log(self, level, template, facility, client, entry):
+        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
+
+        FAIL, REQTMOUT: a broker does not answer. OFFSET: unread events were deleted. SESSTMOUT: why partitions were
+        lost. CONFWARN: about settings; those that "will be ignored" are for producers, in a --config file for both.
         """
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
-        if level == logging.DEBUG:
+        if level == logging.DEBUG:  # With debug=... in a --config file.
             tell(template % (facility, client, entry))
-        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):  # A broker does not answer.
-            self.no_connection(f"{line}\n{HINT}")
-        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in entry):
+        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):
+            self.no_connection(line + HINT)
+        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in line):
             tell(line)
 
 
@@ -278,10 +245,12 @@ def tell(line):
         print(line, file=sys.stderr)
 
 
-def fail(why):
-    """Ends the program with status 1. Tells why at once, since the finally block in main() may take long."""
+def fail(why, status=1):
+    """Ends the program. Tells why (a text or an exception) at once, since the finally block in main() may take long."""
+    if isinstance(why, KafkaException):
+        why = why.args[0].str().strip()
     tell(f"{NAME}: {why}")
-    sys.exit(1)
+    sys.exit(status)
 
 
 def tell_partitions(what, partitions):
@@ -289,15 +258,8 @@ def tell_partitions(what, partitions):
         tell(f"{what}: {', '.join(str(each.partition) for each in partitions)}")
 
 
-# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
 def write_out(line):
-    r"""Writes text as one line to standard output, at once, in UTF-8, with \n, \x1b and the like for what is unsafe.
-
-    If it can't be written, that ends the program.
-    """
+    r"""Writes text as one line to standard output, at once, with \n, \x1b and the like for what is unsafe; or fails."""
     if not line.isprintable():  # So that the usual line is not searched, which takes longer.
         line = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
     rest = f"{line}\n".encode(errors="backslashreplace")
@@ -309,34 +271,22 @@ def write_out(line):
         fail(f"can't write to standard output: {error.strerror}")
 
 
-@contextlib.contextmanager
-def refusals_told():
-    """Ends the program if a setting is refused in the with block."""
-    try:
-        yield
-    except Exception as error:  # For settings the library has four types of exceptions.
-        tell(f"{NAME}: {error.args[0].str().strip() if isinstance(error, KafkaException) else error}")
-        sys.exit(2)
-
-
-def wait_for_kafka(consumer, args):
-    """Waits for Kafka, and prints which topics there are.
-
-    Ends the program if there is no answer, or no topic where there must be one.
-    """
-    must_exist = args.exit or args.from_offset is not None  # Otherwise we wait until somebody makes it.
+def wait_for_kafka(consumer, run):
+    """Prints which topics there are. Ends the program if there is no answer, or no topic where there must be one."""
+    topic = run.args.topic
+    must_exist = run.args.exit or run.args.from_offset is not None  # Otherwise we wait until somebody makes it.
     for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
         message = consumer.poll(0)  # Calls error_cb if there was an error.
-        if message is not None and message.error().code() in LASTING_ERRORS:
-            fail(f"can't read topic {args.topic}: {message.error().str()}")
+        if message is not None:
+            run.handle_error(consumer, message)
         try:
             names = sorted(consumer.list_topics(timeout=seconds).topics)
             # This also makes the library watch for a topic that does not exist yet.
-            error = consumer.list_topics(args.topic, timeout=seconds).topics[args.topic].error
+            error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
             if error is None or not must_exist:
                 tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
                 return
-            problem = f"can't read topic {args.topic}: {error.str()}"
+            problem = f"can't read topic {topic}: {error.str()}"
             time.sleep(2)  # A broker that has just started may not know the topic yet.
         except KafkaException:
             problem = "no answer from Kafka for 30 seconds"
@@ -365,9 +315,8 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-@contextlib.contextmanager
-def ends_within(seconds):
-    """Ends the program if the with block takes longer. Then it also shows the exception that has led to the block."""
+def give_up_after(seconds):
+    """Ends the program if it still runs then. If an exception is about to end it, shows that first."""
     exception = sys.exc_info()[1]
 
     def give_up():
@@ -377,18 +326,12 @@ def ends_within(seconds):
         os._exit(1)  # sys.exit() would end this thread alone.
 
     timer = threading.Timer(seconds, give_up)
+    timer.daemon = True  # The end of the program does not wait for it.
     timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def properties(path):
-    """Returns the key=value lines of a file as a dict. Skips empty lines and # comments.
-
-    Raises ArgumentTypeError for any other line, and if the file can't be read.
-    """
+    """Returns the key=value lines of a file as a dict. Skips empty lines and # comments."""
     found = {}
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -404,19 +347,15 @@ def properties(path):
 
 
 def offset(given):
-    """Returns what assign_partitions() takes; raises ValueError for anything else."""
-    if given == "beginning":
-        return 0
-    if given == "end":
-        return sys.maxsize
-    return int(given)
+    """Returns what assign_partitions() takes."""
+    words = {"beginning": 0, "end": sys.maxsize}
+    return words[given] if given in words else int(given)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Prints the events of a Kafka topic, one per line, and goes on where its consumer group left off.",
-        epilog="Exit status: 0 done, also by Ctrl-C; 1 something failed; 2 wrong call; 130 or 143 ended by Ctrl-C or "
-        "SIGTERM before it had begun, or by a second one.",
+        epilog="Exit status: 0 done, 1 failed, 2 wrong call, 130 or 143 by a signal at the start, or a second one.",
     )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
@@ -430,21 +369,17 @@ def parse_arguments():
     args = parser.parse_args()
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", args.topic):
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
-    if "" in (args.bootstrap_servers, args.group):
-        parser.error("--bootstrap-servers and --group may not be empty")
-    if args.max_messages < 0:
-        parser.error(f"--max-messages {args.max_messages} is negative")
+    if "" in (args.bootstrap_servers, args.group) or args.max_messages < 0:
+        parser.error("--bootstrap-servers and --group may not be empty, --max-messages not negative")
     for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
-    args.settings = MORE_SETTINGS | args.config
     if args.bootstrap_servers:
-        args.settings.pop("metadata.broker.list", None)  # Another name for the same.
-        args.settings["bootstrap.servers"] = args.bootstrap_servers
+        args.config.pop("metadata.broker.list", None)  # Another name for the same.
+        args.config["bootstrap.servers"] = args.bootstrap_servers
     if args.group:
-        args.settings["group.id"] = args.group
-    if args.from_offset is not None:
-        args.settings["enable.auto.commit"] = False
-    args.settings["enable.partition.eof"] = args.exit  # poll() then returns the end of a partition as an error.
+        args.config["group.id"] = args.group
+    args.config["enable.auto.commit"] = args.from_offset is None
+    args.config["enable.partition.eof"] = args.exit  # poll() then returns the end of a partition as an error.
     return args
 
 

@@ -122,9 +122,10 @@ def test_an_event_that_the_library_refuses(scripts, cluster, topic):
     assert producer.wait() == 1
     assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 1 failed."
     (error,) = producer.stderr.splitlines()
-    assert re.fullmatch(f"kafka_producer.py: can't write to topic {topic}: .*Erroneous state.*", error)
+    failure = rf"Failed to deliver to topic {topic} with value of {{\"user_id\": \d+, .*}}: .*Erroneous state"
+    assert re.fullmatch(failure, error)
     (line,) = scripts.log.read_text().splitlines()
-    assert re.match(rf"\S+ \S+ {re.escape(error)}, with value of {{\"user_id\": \d+, .*}}$", line)
+    assert re.fullmatch(rf"\S+ \S+ {re.escape(error)}", line)
     assert read_topic(cluster, topic) == []
 
 

@@ -171,15 +171,27 @@ def test_consumer_whose_reader_goes_away(scripts, cluster, topic, group):
     assert numbers(again.lines) == list(range(place, 20_000))
 
 
-@pytest.mark.parametrize("name", ["producer", "consumer"])
 @pytest.mark.parametrize("closed", [1, 2])
-def test_an_output_that_is_closed(scripts, cluster, filled, name, closed):
-    """Nothing is written to the topic, no event is taken for printed, and no message is printed among the events."""
-    script = getattr(scripts, name)("-t", filled, shell=f'exec "$@" {closed}>&-')
-    assert script.wait() == 1
-    told = f"kafka_{name}.py: standard output or standard error is closed\n"
-    assert (script.stdout, script.stderr) == ("", told if closed == 1 else "")
-    assert len(read_topic(cluster, filled)) == 10
+def test_an_output_of_the_consumer_that_is_closed(scripts, filled, closed):
+    """No event is taken for printed, and no message is printed among the events."""
+    consumer = scripts.consumer("-t", filled, shell=f'exec "$@" {closed}>&-')
+    assert consumer.wait() == 1
+    told = "kafka_consumer.py: standard output or standard error is closed\n"
+    assert (consumer.stdout, consumer.stderr) == ("", told if closed == 1 else "")
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_an_output_of_the_producer_that_is_closed(scripts, cluster, topic, closed):
+    """Whatever the system opens in its place is left alone, and the log has each event."""
+    create_topic(cluster, topic)
+    producer = scripts.producer("-t", topic, "-i", 0, shell=f'exec "$@" {closed}>&-')
+    assert producer.wait() == 0
+    assert producer.stderr == ""
+    assert len(producer.lines) == (0 if closed == 1 else 12)
+    values = [record.value.decode() for record in read_topic(cluster, topic)]
+    log = scripts.log.read_text().splitlines()
+    assert len(values) == len(log) == 10
+    assert all(f"with value of {value}, partition 0" in line for value, line in zip(values, log, strict=True))
 
 
 @pytest.mark.parametrize("name", ["producer", "consumer"])
