@@ -40,23 +40,25 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # False: we do step 3 ourselves, after process(). With True (the default) poll() does it when it hands us event 6,
-    # so before process(). If the thread then commits 7, and we are killed before process() has ended, 6 is lost.
-    # (Step 4 has a setting of its own, enable.auto.commit. It stays True.)
+    # Who does step 3? With True (the default) poll() does, when it hands us event 6, so before process(). If the thread
+    # then commits 7, and we are killed before process() has ended, 6 is lost. With False we do it, after process().
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
 
 def main():
     args = parse_arguments()
-    run = Run(args)  # Hears what is reported to us. run.stopped: true after Ctrl-C, or with --exit when all is read.
+    run = Run(args)  # Tells what is reported to us. run.stopped: true after Ctrl-C, or with --exit when all is read.
+    settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
+    settings["enable.auto.commit"] = args.from_offset is None  # Is there a step 4? Not with --from-offset.
+    settings["enable.partition.eof"] = args.exit  # poll() then also tells that a partition is read to its end.
     try:
         consumer = Consumer(
-            SETTINGS | MORE_SETTINGS | args.config,  # Of two values for one setting the later one wins.
+            settings,
             # What the library calls while we are in poll() or close():
             error_cb=run.on_connection_error,  # When a connection has failed.
             on_commit=run.on_commit,  # After each commit, also if it has failed.
-            logger=run,  # An object: the library calls its method log() for each line that it logs.
+            logger=run,  # Any object will do. The library calls its method log() for each line that it logs.
         )
     except Exception as error:  # The library refuses a setting.
         fail(error, status=2)
@@ -67,17 +69,15 @@ def main():
     try:
         if args.from_offset is None:
             # The usual way: asks to join the group. Partitions come later, in a rebalance: poll() then calls
-            # run.on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
-            consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=on_revoke, on_lost=on_lost)
+            # on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
+            consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost)
         else:
-            # Takes all partitions, from the given offset on, and joins no group. Step 3 then has no effect, since
-            # parse_arguments() has set enable.auto.commit to False.
-            assign_partitions(consumer, args.topic, args.from_offset)
-        handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
+            assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
+        handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
         while printed < args.max_messages and not run.stopped:
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
-                run.look(consumer)  # Do we have partitions? With --exit: is all read?
+                run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
             elif message.error():  # A problem or, only with --exit, the news that a partition is read to its end.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
@@ -87,8 +87,9 @@ def main():
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        give_up_after(8)  # Without a broker close() may take minutes. After 8 seconds this ends the program.
+        timer = give_up_after(8)  # Without a broker close() may take minutes. After 8 seconds this ends the program.
         consumer.close()  # Commits once more (step 4), and leaves the group.
+        timer.cancel()
     sys.exit(1 if run.commit_failed else 0)
 
 
@@ -98,8 +99,8 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: stored in a database, or written by write_out(). print() is not enough: it
-      may keep the event in a buffer.
+    - Don't return before the event is safe: stored in a database, or in a file by write_out(). print() is not enough:
+      it may keep the event in a buffer.
     - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
@@ -118,68 +119,44 @@ def text(data):
     return "null" if data is None else data.decode(errors="backslashreplace")
 
 
-def on_revoke(consumer, partitions):
-    """A rebalance, or close(), takes partitions away. When this returns, the library commits their stored offsets."""
-    tell_partitions("Gave up partitions", partitions)
-
-
-def on_lost(consumer, partitions):
-    """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
-
-    Most often no heartbeat, a sign of life that a thread of the library sends, has arrived for 45 seconds, or process()
-    took five minutes. Others may be reading these partitions already, so it is too late to commit.
-    """
-    tell("Lost the partitions. Events since the last commit may come again.")
-
-
-# End of the lesson. ---------------------------------------------------------------------------------------------------
-
-MORE_SETTINGS = {
-    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
-    "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
-    "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
-}
-FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}  # What --config can't change.
-# Errors that may pass by themselves. After any other error waiting does not help.
-PASSING_ERRORS = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
-    KafkaError.LEADER_NOT_AVAILABLE,  # It is being made.
-    KafkaError._TRANSPORT,  # A connection was lost. The library makes a new one.
-    KafkaError._TIMED_OUT,  # No answer in time. The library asks again.
-    KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
-}
-NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
-HINT = "\nIs Kafka running (docker compose up -d --wait)? If so, check advertised.listeners; with TLS, the host name."
-# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
-
 class Run:
-    """Hears what the library and the system report, tells you of it, and knows when to stop.
-
-    at_end: with --exit, a set of the TopicPartitions read to the end. Two are equal if topic and partition are.
-    looks: how often we have looked, twice a second, since there was news of our partitions.
-    """
+    """Tells what the library and the system report, and knows when to stop."""
 
     def __init__(self, args):
         self.args = args
         self.stopped = False
         self.commit_failed = False
-        self.at_end = set()
-        self.looks = 0
-        self.silent_until = 0
+        self.at_end = set()  # With --exit, the TopicPartitions that are read to their end.
+        self.waited = 0  # For how many seconds poll() has had nothing, since there was news of our partitions.
+        self.silent_until = 0  # For no_connection().
+
+    def on_assign(self, consumer, partitions):
+        """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
+        self.at_end -= set(partitions)  # Others may have been at them, or what we read was not committed.
+        self.waited = 0
+        tell_partitions("Got partitions", partitions)
+
+    def on_revoke(self, consumer, partitions):
+        """A rebalance, or close(), takes partitions away. When this returns, the library commits what is stored."""
+        self.waited = 0
+        tell_partitions("Gave up partitions", partitions)
+
+    def on_lost(self, consumer, partitions):
+        """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
+
+        A thread of the library sends Kafka a sign of life, a heartbeat, every few seconds, and none has arrived for 45
+        seconds (the program was suspended, for example); or we have not called poll() for five minutes. Others may be
+        reading these partitions already, so it is too late to commit.
+        """
+        self.waited = 0
+        tell("Lost the partitions. Events since the last commit may come again.")
+
+    # End of the lesson. -----------------------------------------------------------------------------------------------
 
     def on_signal(self, *_):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.stopped = True
-
-    def on_assign(self, consumer, partitions):
-        """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.at_end -= set(partitions)  # Others may have been at them, or what we read was not committed.
-        self.looks = 0
-        tell_partitions("Got partitions", partitions)
 
     def on_commit(self, error, partitions):
         """Offsets were committed, or could not be."""
@@ -192,26 +169,31 @@ class Run:
         error = message.error()
         if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
             self.at_end.add(TopicPartition(message.topic(), message.partition()))
-            self.looks = 0
-            self.look(consumer)
+            self.waited = 0
+            self.check_end(consumer)
         elif error.code() in PASSING_ERRORS:
             tell(error.str())
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    def look(self, consumer):
-        """Is all read? Tells if we wait for something other than events."""
-        ours = set(consumer.assignment())
-        unread = ours - self.at_end
-        self.looks = 0 if ours and not self.args.exit else self.looks + 1
-        if ours and not unread:
+    def check_end(self, consumer):
+        """Stops if all of our partitions are read to their end. Only with --exit at_end gets any."""
+        ours = set(consumer.assignment())  # TopicPartitions are equal if topic and partition are.
+        if ours and ours <= self.at_end:
             self.stopped = True
-        elif self.looks == 20 and not ours:
+
+    def check_progress(self, consumer):
+        """poll() had nothing for half a second. Tells if we wait for something other than events."""
+        self.check_end(consumer)
+        self.waited += 0.5
+        ours = set(consumer.assignment())
+        if not ours and self.waited == 10:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
-        elif self.looks == 120 and not ours and self.args.exit:
+        if not ours and self.waited == 60 and self.args.exit:
             fail("no partitions for 60 seconds; other members of the group may have them all")
-        elif self.looks % 20 == 0 and self.args.exit:  # The library waits for a leader without a word.
+        if self.args.exit and self.waited % 10 == 0:  # The library waits for a leader without a word.
+            unread = ours - self.at_end
             tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
 
     def on_connection_error(self, error):
@@ -227,16 +209,40 @@ class Run:
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
 
-        FAIL, REQTMOUT: a broker does not answer. OFFSET: unread events were deleted. SESSTMOUT: why partitions were
-        lost. CONFWARN: about settings; those that "will be ignored" are for producers, in a --config file for both.
+        FAIL, REQTMOUT: a broker does not answer, or needs another security.protocol. BROKER: an address is none.
+        OFFSET: unread events were deleted. SESSTMOUT: why partitions were lost. CONFWARN: about settings; those that
+        "will be ignored" are for producers, in a --config file for both.
         """
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             tell(template % (facility, client, entry))
-        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):
+        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "security.protocol" in line):
             self.no_connection(line + HINT)
-        elif facility in ("OFFSET", "SESSTMOUT") or (facility == "CONFWARN" and "will be ignored" not in line):
+        elif facility == "CONFWARN" and "will be ignored" in line:
+            return
+        elif facility in ("BROKER", "OFFSET", "SESSTMOUT", "CONFWARN"):
             tell(line)
+
+
+MORE_SETTINGS = {
+    "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
+    "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
+    "socket.timeout.ms": 30_000,  # If a broker does not answer for 30 seconds, connect anew and ask again.
+    "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
+}
+FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}  # What --config can't change.
+# Errors that may pass by themselves. After most others waiting does not help; a new start may.
+PASSING_ERRORS = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
+    KafkaError.LEADER_NOT_AVAILABLE,  # It is being made.
+    KafkaError._TRANSPORT,  # A connection was lost. The library makes a new one.
+    KafkaError._TIMED_OUT,  # No answer in time. The library asks again.
+    KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
+}
+NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
+HINT = "\nIs Kafka running (docker compose up -d --wait)? If so, check advertised.listeners; with TLS, the host name."
+# What could break a line or steer a terminal: control characters, line separators, changes of text direction.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def tell(line):
@@ -316,7 +322,7 @@ def handle_signals(handler):
 
 
 def give_up_after(seconds):
-    """Ends the program if it still runs then. If an exception is about to end it, shows that first."""
+    """Starts a timer that ends the program. If an exception is about to end it, shows that first. Returns the timer."""
     exception = sys.exc_info()[1]
 
     def give_up():
@@ -326,8 +332,9 @@ def give_up_after(seconds):
         os._exit(1)  # sys.exit() would end this thread alone.
 
     timer = threading.Timer(seconds, give_up)
-    timer.daemon = True  # The end of the program does not wait for it.
+    timer.daemon = True  # It does not keep the program from ending.
     timer.start()
+    return timer
 
 
 def properties(path):
@@ -378,8 +385,6 @@ def parse_arguments():
         args.config["bootstrap.servers"] = args.bootstrap_servers
     if args.group:
         args.config["group.id"] = args.group
-    args.config["enable.auto.commit"] = args.from_offset is None
-    args.config["enable.partition.eof"] = args.exit  # poll() then returns the end of a partition as an error.
     return args
 
 

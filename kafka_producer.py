@@ -6,6 +6,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 import argparse
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -18,19 +19,20 @@ from faker import Factory
 
 # A broker is a Kafka server; a cluster is one or more of them. They store events, which the library calls messages.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic, and keeps its events in order. Several brokers may have copies of it, its replicas.
-# One of these is the leader: it takes the events, and the others copy them from it. If its broker fails, another leads.
+# A partition is a part of a topic, and keeps its events in order. It has one or more replicas, on different brokers.
+# One replica is the leader: producers send events to it, and the other replicas copy them from it. If the leader's
+# broker fails, another replica becomes the leader.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
 # A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
 # partitions, and so they stay in order.
 
 # What happens to an event:
-# 1. produce() puts it into a queue in memory, and returns at once. It stays there until step 4, even after it is sent.
-# 2. A thread of the library sends it to the leader, together with others. If no answer comes, or a temporary error, it
-#    sends the event again, for up to two minutes.
+# 1. produce() puts it into a queue in memory, and returns at once. From now on it has two minutes.
+# 2. A thread of the library sends it to the leader, together with others. It keeps the event in the queue: if no answer
+#    comes, or a temporary error, it sends the event again, until the two minutes are over.
 # 3. The thread makes a delivery report, one of two:
 #    - Delivered: the leader has confirmed the event.
-#    - Failed: the leader has refused it, or has not answered. Without an answer nobody knows whether it is stored.
+#    - Failed: the leader has refused it; or it has not confirmed it in two minutes, and may have stored it or not.
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
 # Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(). At the end
 # flush() does the same until the queue is empty.
@@ -39,17 +41,13 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
-    # An event may be stored, and its confirmation lost. Then the library sends the event again. With True it numbers
-    # its events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
+    # Idempotent: twice has the same effect as once. If only the confirmation is lost, the library sends an event again
+    # that is already stored. With True it numbers its events, so that the leader recognizes the copy and drops it.
     "enable.idempotence": True,
-    # How many requests may wait for an answer from each broker. A request carries many events, so one is nearly always
-    # fast enough. With more, a bug makes some events fail when the leader changes (librdkafka issue 4953).
-    "max.in.flight.requests.per.connection": 1,
-    "delivery.timeout.ms": 120_000,  # An event that is not confirmed within two minutes has failed.
-    "partitioner": "murmur2_random",  # Chooses the partition by the key, as Java programs do; without a key, at random.
-}  # MORE_SETTINGS, below the lesson, are for networks and statistics.
-# With so many events in the queue we wait for reports before we make more. If we are killed, all of them may be lost.
-MAX_UNCONFIRMED = 1_000
+    "delivery.timeout.ms": 120_000,  # The two minutes.
+    "partitioner": "murmur2_random",  # Finds the partition for a key as Java programs do; without a key, at random.
+}  # MORE_SETTINGS, below the lesson, are for networks, and against two bugs of the library.
+MAX_UNCONFIRMED = 1_000  # When this many events are in the queue, we wait. If we are killed, they may be lost.
 
 
 def main():
@@ -60,14 +58,14 @@ def main():
             SETTINGS | MORE_SETTINGS | args.config,  # Of two values for one setting the later one wins.
             # What the library calls while we are in poll() or flush():
             error_cb=run.on_connection_error,  # When a connection has failed.
-            stats_cb=run.on_statistics,  # Every five seconds, with statistics. It tells if nothing gets through.
-            logger=run,  # An object: the library calls its method log() for each line that it logs.
+            stats_cb=run.on_statistics,  # Every five seconds, with statistics: to tell if nothing gets through.
+            logger=run,  # Any object will do. The library calls its method log() for each line that it logs.
         )
     except Exception as error:  # The log file can't be opened, or the library refuses a setting.
         print(f"{NAME}: {reason(error)}", file=sys.stderr)
         sys.exit(2)
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
-    signal.signal(signal.SIGINT, run.on_signal)  # From here on Ctrl-C and SIGTERM only end the loop.
+    signal.signal(signal.SIGINT, run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
     signal.signal(signal.SIGTERM, run.on_signal)
     run.write("Kafka Producer has been initiated...", sys.stdout)
 
@@ -76,17 +74,19 @@ def main():
     start = time.monotonic()
     made = 0
     try:
-        while made < args.count and run.exit_status == 0:  # Until a failure or Ctrl-C. With --count 0 it is infinite.
+        while made < args.count and not run.stopped:  # With --count 0 that is infinite. A failure sets run.stopped too.
             producer.poll(0)  # Step 4 for earlier events, without waiting.
-            if time.monotonic() < start + made * args.interval or len(producer) >= MAX_UNCONFIRMED:
-                producer.poll(0.01)  # Too early, or the queue is full: waits for reports, for 10 ms at most.
+            is_early = time.monotonic() < start + made * args.interval
+            is_full = len(producer) >= MAX_UNCONFIRMED  # How many events are in the queue.
+            if is_early or is_full:
+                producer.poll(0.01)  # Step 4 instead of a sleep(): waits for a report, but for 10 ms at most.
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
                 break
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
-            made += 1
+            made += 1  # Before produce(), so that an event that it refuses is counted too.
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
             except (KafkaException, BufferError) as error:  # Refused, as too large for example. No report will come.
@@ -116,14 +116,17 @@ def registration(fake):
 
 
 def flush_all(producer, run):
-    """Waits until each event has its delivery report: for two minutes at most, after Ctrl-C for five seconds."""
-    while len(producer) > 0:  # Events without a report.
+    """Waits until each event has its delivery report. When the two minutes are over, all have one.
+
+    After Ctrl-C we wait for five seconds: run.give_up_at, which is infinite before.
+    """
+    while len(producer) > 0:
+        if time.monotonic() > run.give_up_at:
+            producer.purge()  # Makes a report of failure for each event that is left, though it may be stored.
         try:
-            producer.flush(5)  # Passes on reports, for five seconds at most.
+            producer.flush(0.1)  # Step 4 for 100 ms, so that we notice Ctrl-C.
         except KafkaException as error:  # A fatal error, as in main(). Reports still come.
             run.fail(f"{NAME}: can't write any more: {reason(error)}")
-        if run.exit_status > 1:  # After Ctrl-C.
-            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
 
 
 class Run:
@@ -134,16 +137,19 @@ class Run:
         self.log_file = open(args.log_file, "a", encoding="utf-8")
         self.delivered = 0  # How many events the leader has confirmed.
         self.has_failed = False
-        self.exit_status = 0  # 1 after a failure, 128 and more after Ctrl-C. Then the loop in main() ends.
-        self.silent_until = 0  # For log().
+        self.stopped = False
+        self.exit_status = 0
+        self.give_up_at = math.inf  # When to wait no longer for reports, on the clock of time.monotonic().
+        self.silent_until = 0  # For no_connection().
         self.stuck_at = None  # For on_statistics().
 
     def on_delivery(self, error, message):
         """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
-        what = f"topic {message.topic()} with value of {message.value().decode(errors='backslashreplace')}"
+        value = message.value() or b""  # None in an event without a value.
+        what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.delivered += 1
-            # The offset is None if the leader only says that it already has the event (see enable.idempotence).
+            # The offset is None if the leader has dropped it as a copy (enable.idempotence).
             line = f"Produced message on {what}, partition {message.partition()}, offset {message.offset()}"
             self.write_log(line)
             if not self.quiet:
@@ -155,13 +161,18 @@ class Run:
 
     def fail(self, line):
         """Ends the loop in main(), since more events would most likely fail too. Those in the queue are still sent."""
-        self.exit_status = self.exit_status or 1
+        self.stop(exit_status=1)
         self.write_log(line)
         if not self.has_failed:  # On the terminal the first failure is enough.
             self.has_failed = True
             self.write(line, sys.stderr)
 
     # End of the lesson. -----------------------------------------------------------------------------------------------
+
+    def stop(self, exit_status):
+        """Ends the loop in main(). Of several exit statuses the first one counts."""
+        self.stopped = True
+        self.exit_status = self.exit_status or exit_status
 
     def write_log(self, line):
         """Writes a line with date and time to the log file."""
@@ -172,16 +183,19 @@ class Run:
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            # The system is to drop what is written there from now on, and what Python has kept for the next attempt.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-            self.exit_status = self.exit_status or 1
+            # Python has kept the line, and would fail with it again. Let it have success, but with /dev/null.
+            with open(os.devnull, "w") as devnull:
+                os.dup2(devnull.fileno(), file.fileno())
+            self.stop(exit_status=1)
             name = "standard output" if file is sys.stdout else file.name
             self.write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr)
 
     def on_signal(self, number, frame):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
-        signal.signal(number, signal.SIG_DFL)
-        self.exit_status = 128 + number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.stop(exit_status=128 + number)
+        self.give_up_at = time.monotonic() + 5
 
     def on_connection_error(self, error):
         hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
@@ -196,15 +210,15 @@ class Run:
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
 
-        FAIL, REQTMOUT: a broker does not answer. CONFWARN: about settings; those that "will be ignored" are for
-        consumers, in a --config file for both.
+        FAIL, REQTMOUT: a broker does not answer, or needs another security.protocol. BROKER: an address is none.
+        CONFWARN: about settings; those that "will be ignored" are for consumers, in a --config file for both.
         """
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             self.write(template % (facility, client, entry), sys.stderr)
-        elif level == logging.WARNING and facility in ("FAIL", "REQTMOUT"):
+        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "security.protocol" in line):
             self.no_connection(line + HINT)
-        elif facility == "CONFWARN" and "will be ignored" not in line:
+        elif facility == "BROKER" or (facility == "CONFWARN" and "will be ignored" not in line):
             self.write(line, sys.stderr)
 
     def on_statistics(self, text):
@@ -223,6 +237,9 @@ MORE_SETTINGS = {
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes this makes the
     # library ignore that; later, such an answer makes events fail. From 36 minutes on, its arithmetic overflows.
     "topic.metadata.propagation.max.ms": 2_000_000,
+    # How many requests may wait for an answer. With more, events may fail, or be stored twice, when the leader changes
+    # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
+    "max.in.flight.requests.per.connection": 1,
 }
 # What --config can't change. With the second one on_delivery() would not hear of what is delivered.
 FIXED = {"queue.buffering.max.messages", "delivery.report.only.error"}
@@ -286,9 +303,9 @@ def parse_arguments():
         parser.error(f"{args.topic!r} is no topic: names have up to 249 letters, digits, dots, underscores, hyphens")
     if args.bootstrap_servers == "":
         parser.error("--bootstrap-servers may not be empty")
-    if args.count < 0 or not 0 <= args.interval < sys.maxsize:
+    if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
-    args.count = args.count or sys.maxsize
+    args.count = args.count or math.inf
     for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
     if args.bootstrap_servers:
