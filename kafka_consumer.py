@@ -209,14 +209,14 @@ class Run:
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
 
-        FAIL, REQTMOUT: a broker does not answer, or needs another security.protocol. BROKER: an address is none.
+        FAIL, REQTMOUT: a broker does not answer, or (APIVERSION) does not understand us. BROKER: an address is none.
         OFFSET: unread events were deleted. SESSTMOUT: why partitions were lost. CONFWARN: about settings; those that
         "will be ignored" are for producers, in a --config file for both.
         """
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             tell(template % (facility, client, entry))
-        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "security.protocol" in line):
+        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
             self.no_connection(line + HINT)
         elif facility == "CONFWARN" and "will be ignored" in line:
             return
@@ -240,7 +240,10 @@ PASSING_ERRORS = {
     KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
 }
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
-HINT = "\nIs Kafka running (docker compose up -d --wait)? If so, check advertised.listeners; with TLS, the host name."
+HINT = (
+    "\nIs Kafka running (docker compose up -d --wait)? "
+    "If so, check advertised.listeners, security.protocol and, with TLS, the host name."
+)
 # What could break a line or steer a terminal: control characters, line separators, changes of text direction.
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 

@@ -210,13 +210,13 @@ class Run:
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
 
-        FAIL, REQTMOUT: a broker does not answer, or needs another security.protocol. BROKER: an address is none.
+        FAIL, REQTMOUT: a broker does not answer, or (APIVERSION) does not understand us. BROKER: an address is none.
         CONFWARN: about settings; those that "will be ignored" are for consumers, in a --config file for both.
         """
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             self.write(template % (facility, client, entry), sys.stderr)
-        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "security.protocol" in line):
+        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
             self.no_connection(line + HINT)
         elif facility == "BROKER" or (facility == "CONFWARN" and "will be ignored" not in line):
             self.write(line, sys.stderr)
@@ -244,7 +244,10 @@ MORE_SETTINGS = {
 # What --config can't change. With the second one on_delivery() would not hear of what is delivered.
 FIXED = {"queue.buffering.max.messages", "delivery.report.only.error"}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
-HINT = "\nIs Kafka running (docker compose up -d --wait)? If so, check advertised.listeners; with TLS, the host name."
+HINT = (
+    "\nIs Kafka running (docker compose up -d --wait)? "
+    "If so, check advertised.listeners, security.protocol and, with TLS, the host name."
+)
 
 
 def reason(error):

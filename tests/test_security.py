@@ -166,7 +166,7 @@ FAILURES = {
     "wrong host name": ({"bootstrap.servers": "127.0.0.1:{port}"}, r"certificate verify failed.*\n.* host name"),
     "plaintext to a port for TLS": (
         {"security.protocol": "plaintext"},
-        "`security.protocol` is not configured for SASL",
+        "(?s)`security.protocol` is not configured for SASL.*closed by peer.*check .*security.protocol",
     ),
 }
 

@@ -115,6 +115,13 @@ def test_help(scripts, name):
     assert statuses in script.stdout
 
 
+@pytest.mark.parametrize("name", ["producer", "consumer"])
+def test_an_address_that_is_none(scripts, name):
+    script = getattr(scripts, name)(servers="http://localhost:9092")
+    script.wait_for_stderr('unsupported protocol "HTTP"', limit=3)
+    script.process.kill()
+
+
 def test_nobody_there(scripts):
     """The first of at most four messages within 3 seconds, and the end after 30."""
     address = f"localhost:{free_port()}"
