@@ -50,15 +50,17 @@ def main():
     args = parse_arguments()
     run = Run(args)  # Tells what is reported to us. run.stopped: true after Ctrl-C, or with --exit when all is read.
     settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
-    settings["enable.auto.commit"] = args.from_offset is None  # Is there a step 4? Not with --from-offset.
-    settings["enable.partition.eof"] = args.exit  # poll() then also tells that a partition is read to its end.
+    if args.from_offset is not None:
+        settings["enable.auto.commit"] = False  # No step 4: we only look, and change nothing for the group.
+    if args.exit:
+        settings["enable.partition.eof"] = True  # poll() then also tells when a partition is read to its end.
     try:
         consumer = Consumer(
             settings,
             # What the library calls while we are in poll() or close():
             error_cb=run.on_connection_error,  # When a connection has failed.
             on_commit=run.on_commit,  # After each commit, also if it has failed.
-            logger=run,  # Any object will do. The library calls its method log() for each line that it logs.
+            logger=run,  # An object, not a function: the library calls its method log() for each line that it logs.
         )
     except Exception as error:  # The library refuses a setting.
         fail(error, status=2)
@@ -68,8 +70,8 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # The usual way: asks to join the group. Partitions come later, in a rebalance: poll() then calls
-            # on_assign(), and on_revoke() or on_lost() when they go. All three print a line.
+            # The usual way: asks to join the group. The group answers with a rebalance, even if we are alone in it:
+            # poll() then calls on_assign(), and on_revoke() or on_lost() when partitions go. All three print a line.
             consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
@@ -83,13 +85,12 @@ def main():
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
-                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
+                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1. (No effect without step 4.)
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
-        timer = give_up_after(8)  # Without a broker close() may take minutes. After 8 seconds this ends the program.
-        consumer.close()  # Commits once more (step 4), and leaves the group.
-        timer.cancel()
+        with ends_within(8):  # Without a broker close() may take minutes. Then the program ends after 8 seconds.
+            consumer.close()  # Commits once more (step 4), and leaves the group.
     sys.exit(1 if run.commit_failed else 0)
 
 
@@ -99,9 +100,10 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe: stored in a database, or in a file by write_out(). print() is not enough:
-      it may keep the event in a buffer.
-    - An event may come twice. So write it to a database under a unique id, such as its topic, partition and offset.
+    - Don't return before the event is safe, in a database for example. write_out() is enough for a terminal or a file;
+      what is in a pipe is lost if its reader ends. print() is not enough: it may keep the event in a buffer.
+    - An event may come twice. So store it under a unique id: its topic, partition and offset, or better one that the
+      producer has put into it.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
@@ -127,28 +129,29 @@ class Run:
         self.stopped = False
         self.commit_failed = False
         self.at_end = set()  # With --exit, the TopicPartitions that are read to their end.
-        self.waited = 0  # For how many seconds poll() has had nothing, since there was news of our partitions.
+        self.waited = 0  # Seconds in which poll() had nothing, since our partitions last changed.
         self.silent_until = 0  # For no_connection().
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.at_end -= set(partitions)  # Others may have been at them, or what we read was not committed.
-        self.waited = 0
+        self.begin_anew(partitions)
         tell_partitions("Got partitions", partitions)
 
     def on_revoke(self, consumer, partitions):
-        """A rebalance, or close(), takes partitions away. When this returns, the library commits what is stored."""
-        self.waited = 0
+        """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
+        self.begin_anew(partitions)
         tell_partitions("Gave up partitions", partitions)
 
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-        A thread of the library sends Kafka a sign of life, a heartbeat, every few seconds, and none has arrived for 45
-        seconds (the program was suspended, for example); or we have not called poll() for five minutes. Others may be
-        reading these partitions already, so it is too late to commit.
+        There are two reasons:
+        - No heartbeat has arrived for 45 seconds, a sign of life that a thread of the library sends every few seconds.
+          For example, the computer was asleep.
+        - We have not called poll() for five minutes.
+        Others may be reading these partitions already, so it is too late to commit.
         """
-        self.waited = 0
+        self.begin_anew(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
     # End of the lesson. -----------------------------------------------------------------------------------------------
@@ -175,6 +178,11 @@ class Run:
             tell(error.str())
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
+
+    def begin_anew(self, partitions):
+        """These partitions came or went. If they come again, we may have to read events of them once more."""
+        self.at_end -= set(partitions)
+        self.waited = 0
 
     def check_end(self, consumer):
         """Stops if all of our partitions are read to their end. Only with --exit at_end gets any."""
@@ -324,8 +332,9 @@ def handle_signals(handler):
     signal.signal(signal.SIGTERM, handler)
 
 
-def give_up_after(seconds):
-    """Starts a timer that ends the program. If an exception is about to end it, shows that first. Returns the timer."""
+@contextlib.contextmanager
+def ends_within(seconds):
+    """Ends the program if the with block takes longer. Then it also shows the exception that has led to the block."""
     exception = sys.exc_info()[1]
 
     def give_up():
@@ -335,9 +344,11 @@ def give_up_after(seconds):
         os._exit(1)  # sys.exit() would end this thread alone.
 
     timer = threading.Timer(seconds, give_up)
-    timer.daemon = True  # It does not keep the program from ending.
     timer.start()
-    return timer
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def properties(path):

@@ -27,12 +27,13 @@ from faker import Factory
 # partitions, and so they stay in order.
 
 # What happens to an event:
-# 1. produce() puts it into a queue in memory, and returns at once. From now on it has two minutes.
+# 1. produce() puts it into a queue in memory, and returns at once. The library now has two minutes for it.
 # 2. A thread of the library sends it to the leader, together with others. It keeps the event in the queue: if no answer
 #    comes, or a temporary error, it sends the event again, until the two minutes are over.
 # 3. The thread makes a delivery report, one of two:
 #    - Delivered: the leader has confirmed the event.
-#    - Failed: the leader has refused it; or it has not confirmed it in two minutes, and may have stored it or not.
+#    - Failed: the leader has refused the event; or no confirmation has come in two minutes, and nobody knows whether
+#      the event is stored.
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
 # Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(). At the end
 # flush() does the same until the queue is empty.
@@ -41,11 +42,11 @@ from faker import Factory
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
-    # Idempotent: twice has the same effect as once. If only the confirmation is lost, the library sends an event again
-    # that is already stored. With True it numbers its events, so that the leader recognizes the copy and drops it.
+    # If an event is stored, and only its confirmation is lost, the library sends it again. With True it numbers its
+    # events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # The two minutes.
-    "partitioner": "murmur2_random",  # Finds the partition for a key as Java programs do; without a key, at random.
+    "partitioner": "murmur2_random",  # Gives a key the same partition as Java programs do; without a key, any.
 }  # MORE_SETTINGS, below the lesson, are for networks, and against two bugs of the library.
 MAX_UNCONFIRMED = 1_000  # When this many events are in the queue, we wait. If we are killed, they may be lost.
 
@@ -59,7 +60,7 @@ def main():
             # What the library calls while we are in poll() or flush():
             error_cb=run.on_connection_error,  # When a connection has failed.
             stats_cb=run.on_statistics,  # Every five seconds, with statistics: to tell if nothing gets through.
-            logger=run,  # Any object will do. The library calls its method log() for each line that it logs.
+            logger=run,  # An object, not a function: the library calls its method log() for each line that it logs.
         )
     except Exception as error:  # The log file can't be opened, or the library refuses a setting.
         print(f"{NAME}: {reason(error)}", file=sys.stderr)
@@ -73,13 +74,17 @@ def main():
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
     start = time.monotonic()
     made = 0
+    # Three things can fail, and each calls run.fail(), which sets run.stopped:
+    # - produce() refuses an event (too large, for example). No report of it will come.
+    # - An event has a delivery report of failure. on_delivery() gets it.
+    # - poll() raises: a fatal error (no right to write, for example), after which the library sends nothing more.
     try:
-        while made < args.count and not run.stopped:  # With --count 0 that is infinite. A failure sets run.stopped too.
-            producer.poll(0)  # Step 4 for earlier events, without waiting.
+        while made < args.count and not run.stopped:  # With --count 0 that is infinite.
             is_early = time.monotonic() < start + made * args.interval
-            is_full = len(producer) >= MAX_UNCONFIRMED  # How many events are in the queue.
+            is_full = len(producer) >= MAX_UNCONFIRMED  # len(producer): how many events are in the queue.
+            # Step 4 for earlier events. If it is too early for the next event, or the queue is full, we wait in it.
+            producer.poll(0.01 if is_early or is_full else 0)
             if is_early or is_full:
-                producer.poll(0.01)  # Step 4 instead of a sleep(): waits for a report, but for 10 ms at most.
                 continue
             event = registration(fake)
             if event is None:  # There are no more.
@@ -89,9 +94,9 @@ def main():
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
-            except (KafkaException, BufferError) as error:  # Refused, as too large for example. No report will come.
+            except (KafkaException, BufferError) as error:
                 run.fail(f"Failed to deliver to topic {args.topic} with value of {value}: {reason(error)}")
-    except KafkaException as error:  # From poll(): a fatal error, after which the library sends nothing more.
+    except KafkaException as error:  # From poll().
         run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
     finally:
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
@@ -116,15 +121,15 @@ def registration(fake):
 
 
 def flush_all(producer, run):
-    """Waits until each event has its delivery report. When the two minutes are over, all have one.
+    """Waits until each event has its delivery report: two minutes at most, or five seconds after Ctrl-C.
 
-    After Ctrl-C we wait for five seconds: run.give_up_at, which is infinite before.
+    producer.flush() alone does nearly the same, but does not end at Ctrl-C.
     """
     while len(producer) > 0:
-        if time.monotonic() > run.give_up_at:
-            producer.purge()  # Makes a report of failure for each event that is left, though it may be stored.
+        if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
+            producer.purge()  # Declares the events that are left failed, though the leader may have stored some.
         try:
-            producer.flush(0.1)  # Step 4 for 100 ms, so that we notice Ctrl-C.
+            producer.flush(0.1)  # Step 4, for 100 ms.
         except KafkaException as error:  # A fatal error, as in main(). Reports still come.
             run.fail(f"{NAME}: can't write any more: {reason(error)}")
 
@@ -139,7 +144,7 @@ class Run:
         self.has_failed = False
         self.stopped = False
         self.exit_status = 0
-        self.give_up_at = math.inf  # When to wait no longer for reports, on the clock of time.monotonic().
+        self.give_up_at = math.inf  # On the clock of time.monotonic(). Ctrl-C sets it.
         self.silent_until = 0  # For no_connection().
         self.stuck_at = None  # For on_statistics().
 
@@ -160,7 +165,7 @@ class Run:
             self.fail(f"Failed to deliver to {what}: {error.str()}")
 
     def fail(self, line):
-        """Ends the loop in main(), since more events would most likely fail too. Those in the queue are still sent."""
+        """Ends the loop in main(): the next events would most likely fail too. Those in the queue are still sent."""
         self.stop(exit_status=1)
         self.write_log(line)
         if not self.has_failed:  # On the terminal the first failure is enough.
@@ -170,9 +175,10 @@ class Run:
     # End of the lesson. -----------------------------------------------------------------------------------------------
 
     def stop(self, exit_status):
-        """Ends the loop in main(). Of several exit statuses the first one counts."""
+        """Ends the loop in main(). exit_status: 1 is a failure, and counts more than that of Ctrl-C."""
         self.stopped = True
-        self.exit_status = self.exit_status or exit_status
+        if self.exit_status != 1:
+            self.exit_status = exit_status
 
     def write_log(self, line):
         """Writes a line with date and time to the log file."""
@@ -183,9 +189,7 @@ class Run:
         try:
             print(line, file=file, flush=True)
         except OSError as error:
-            # Python has kept the line, and would fail with it again. Let it have success, but with /dev/null.
-            with open(os.devnull, "w") as devnull:
-                os.dup2(devnull.fileno(), file.fileno())
+            silence(file)  # Python has kept the line, and would fail with it again.
             self.stop(exit_status=1)
             name = "standard output" if file is sys.stdout else file.name
             self.write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr)
@@ -241,13 +245,19 @@ MORE_SETTINGS = {
     # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
     "max.in.flight.requests.per.connection": 1,
 }
-# What --config can't change. With the second one on_delivery() would not hear of what is delivered.
-FIXED = {"queue.buffering.max.messages", "delivery.report.only.error"}
+# What --config can't change. With the last one on_delivery() would not hear of what is delivered.
+FIXED = {"queue.buffering.max.messages", "queue.buffering.max.kbytes", "delivery.report.only.error"}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
     "If so, check advertised.listeners, security.protocol and, with TLS, the host name."
 )
+
+
+def silence(file):
+    """Sends what is written to a file from now on to /dev/null."""
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), file.fileno())
 
 
 def reason(error):

@@ -36,8 +36,7 @@ def test_the_images_belong_together():
 
 
 def test_three_brokers_differ_only_in_what_three_brokers_need():
-    zookeeper = {key: value for key, value in ZOOKEEPER.items() if key != "container_name"}
-    assert THREE["services"]["zookeeper"] == zookeeper
+    assert THREE["services"]["zookeeper"] == ZOOKEEPER
     copies = {
         "default.replication.factor": "3",
         "offsets.topic.replication.factor": "3",
@@ -51,9 +50,7 @@ def test_three_brokers_differ_only_in_what_three_brokers_need():
         service = THREE["services"][name]
         port = 9091 + number
         own = {"environment", "ports", "volumes", "healthcheck"}
-        assert {key: service[key] for key in set(service) - own} == {
-            key: BROKER[key] for key in set(BROKER) - own - {"container_name"}
-        }
+        assert {key: service[key] for key in set(service) - own} == {key: BROKER[key] for key in set(BROKER) - own}
         assert service["healthcheck"] == {**BROKER["healthcheck"], "test": ["CMD", "nc", "-z", "localhost", "29092"]}
         assert broker_properties(service["environment"]) == {
             **broker_properties(BROKER["environment"]),
