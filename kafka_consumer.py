@@ -39,9 +39,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
-    "auto.offset.reset": "earliest",  # Without a committed offset, or if the event there is gone: start at the oldest.
-    # Who does step 3? With True (the default) poll() does, when it hands us event 6, so before process(). If the thread
-    # then commits 7, and we are killed before process() has ended, 6 is lost. With False we do it, after process().
+    "auto.offset.reset": "earliest",  # Where to start if there is no committed offset, or its event is deleted.
+    # True, the default: poll() hands us 6 and stores 7; the thread commits 7; we are killed in process(): 6 is lost.
+    # False: poll() hands us 6; process() ends; we store 7 ourselves. At worst 6 comes twice.
     "enable.auto.offset.store": False,
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
@@ -71,7 +71,7 @@ def main():
     try:
         if args.from_offset is None:
             # The usual way: asks to join the group. The group answers with a rebalance, even if we are alone in it:
-            # poll() then calls on_assign(), and on_revoke() or on_lost() when partitions go. All three print a line.
+            # poll() then calls on_assign(), and on_revoke() or on_lost() when partitions go.
             consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
@@ -80,17 +80,17 @@ def main():
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
                 run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
-            elif message.error():  # A problem or, only with --exit, the news that a partition is read to its end.
+            elif message.error():  # A problem, as a message too. Or, with --exit, that a partition is read to its end.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
-                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1. (No effect without step 4.)
+                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
         with ends_within(8):  # Without a broker close() may take minutes. Then the program ends after 8 seconds.
-            consumer.close()  # Commits once more (step 4), and leaves the group.
+            consumer.close()  # Commits what was stored (step 4), and leaves the group.
     sys.exit(1 if run.commit_failed else 0)
 
 
@@ -100,8 +100,8 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe, in a database for example. write_out() is enough for a terminal or a file;
-      what is in a pipe is lost if its reader ends. print() is not enough: it may keep the event in a buffer.
+    - Don't return before the event is safe, in a database for example: then it counts as done, and does not come again.
+      print() is not enough, since it may keep the event in a buffer; see write_out().
     - An event may come twice. So store it under a unique id: its topic, partition and offset, or better one that the
       producer has put into it.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
@@ -129,7 +129,7 @@ class Run:
         self.stopped = False
         self.commit_failed = False
         self.at_end = set()  # With --exit, the TopicPartitions that are read to their end.
-        self.waited = 0  # Seconds in which poll() had nothing, since our partitions last changed.
+        self.empty_polls = 0  # How often poll() had nothing since our partitions last changed; 20 take ten seconds.
         self.silent_until = 0  # For no_connection().
 
     def on_assign(self, consumer, partitions):
@@ -145,7 +145,7 @@ class Run:
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
-        There are two reasons:
+        The usual reasons:
         - No heartbeat has arrived for 45 seconds, a sign of life that a thread of the library sends every few seconds.
           For example, the computer was asleep.
         - We have not called poll() for five minutes.
@@ -172,7 +172,7 @@ class Run:
         error = message.error()
         if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
             self.at_end.add(TopicPartition(message.topic(), message.partition()))
-            self.waited = 0
+            self.empty_polls = 0
             self.check_end(consumer)
         elif error.code() in PASSING_ERRORS:
             tell(error.str())
@@ -182,7 +182,7 @@ class Run:
     def begin_anew(self, partitions):
         """These partitions came or went. If they come again, we may have to read events of them once more."""
         self.at_end -= set(partitions)
-        self.waited = 0
+        self.empty_polls = 0
 
     def check_end(self, consumer):
         """Stops if all of our partitions are read to their end. Only with --exit at_end gets any."""
@@ -193,14 +193,14 @@ class Run:
     def check_progress(self, consumer):
         """poll() had nothing for half a second. Tells if we wait for something other than events."""
         self.check_end(consumer)
-        self.waited += 0.5
+        self.empty_polls += 1
         ours = set(consumer.assignment())
-        if not ours and self.waited == 10:
-            tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
-            tell("If a member was killed, Kafka waits up to 45 seconds for it.")
-        if not ours and self.waited == 60 and self.args.exit:
+        if not ours and self.empty_polls == 20:
+            tell("Waiting for partitions. Other members of the group may have them all, there is no topic yet, or a broker")
+            tell("is missing. If a member was killed, Kafka waits up to 45 seconds for it.")
+        if not ours and self.empty_polls == 120 and self.args.exit:
             fail("no partitions for 60 seconds; other members of the group may have them all")
-        if self.args.exit and self.waited % 10 == 0:  # The library waits for a leader without a word.
+        if self.args.exit and self.empty_polls % 20 == 0:  # The library waits for a leader without a word.
             unread = ours - self.at_end
             tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
 
@@ -242,9 +242,6 @@ FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof
 # Errors that may pass by themselves. After most others waiting does not help; a new start may.
 PASSING_ERRORS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
-    KafkaError.LEADER_NOT_AVAILABLE,  # It is being made.
-    KafkaError._TRANSPORT,  # A connection was lost. The library makes a new one.
-    KafkaError._TIMED_OUT,  # No answer in time. The library asks again.
     KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
 }
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
@@ -276,7 +273,10 @@ def tell_partitions(what, partitions):
 
 
 def write_out(line):
-    r"""Writes text as one line to standard output, at once, with \n, \x1b and the like for what is unsafe; or fails."""
+    r"""Writes text as one line to standard output, at once, with \n, \x1b and the like for what is unsafe; or fails.
+
+    That is safe if it is a terminal or a file. What is in a pipe is lost if the program that reads it ends.
+    """
     if not line.isprintable():  # So that the usual line is not searched, which takes longer.
         line = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
     rest = f"{line}\n".encode(errors="backslashreplace")

@@ -17,22 +17,20 @@ import time
 from confluent_kafka import KafkaError, KafkaException, Producer
 from faker import Factory
 
-# A broker is a Kafka server; a cluster is one or more of them. They store events, which the library calls messages.
+# An event has a value, which is its content, and perhaps a key; both are bytes. The library calls it a message.
+# A broker is a Kafka server. It stores events. One or more brokers are a cluster.
 # A topic is a named log of events: new ones are appended, and reading does not remove them.
-# A partition is a part of a topic, and keeps its events in order. It has one or more replicas, on different brokers.
-# One replica is the leader: producers send events to it, and the other replicas copy them from it. If the leader's
-# broker fails, another replica becomes the leader.
+# A partition is a part of a topic, and keeps its events in order. The key of an event determines its partition: events
+# with the same key go to the same one, as long as the topic keeps its number of partitions.
 # An offset is the position of an event in its partition: 0, 1, 2 and so on.
-# A key determines the partition: events with the same key go to the same one, as long as the topic keeps its number of
-# partitions, and so they stay in order.
 
 # What happens to an event:
 # 1. produce() puts it into a queue in memory, and returns at once. The library now has two minutes for it.
-# 2. A thread of the library sends it to the leader, together with others. It keeps the event in the queue: if no answer
-#    comes, or a temporary error, it sends the event again, until the two minutes are over.
+# 2. A thread of the library sends it to the broker that has its partition, together with others. It keeps the event in
+#    the queue: if no answer comes, or a temporary error, it sends the event again, until the two minutes are over.
 # 3. The thread makes a delivery report, one of two:
-#    - Delivered: the leader has confirmed the event.
-#    - Failed: the leader has refused the event; or no confirmation has come in two minutes, and nobody knows whether
+#    - Delivered: the broker has confirmed the event.
+#    - Failed: the broker has refused the event; or no confirmation has come in two minutes, and nobody knows whether
 #      the event is stored.
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
 # Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(). At the end
@@ -41,14 +39,17 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    "acks": "all",  # The leader confirms an event when all replicas that are up to date have it.
+    # When does a broker confirm an event? Here when all brokers that keep copies of it, and are up to date, have it.
+    "acks": "all",
     # If an event is stored, and only its confirmation is lost, the library sends it again. With True it numbers its
-    # events, so that the leader recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
+    # events, so that the broker recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # The two minutes.
     "partitioner": "murmur2_random",  # Gives a key the same partition as Java programs do; without a key, any.
 }  # MORE_SETTINGS, below the lesson, are for networks, and against two bugs of the library.
-MAX_UNCONFIRMED = 1_000  # When this many events are in the queue, we wait. If we are killed, they may be lost.
+# When this many events are in the queue, we wait. If we are killed, they may be lost. (The library's own limit is far
+# higher, 100,000 events or 1 GB; beyond it produce() raises BufferError.)
+MAX_UNCONFIRMED = 1_000
 
 
 def main():
@@ -77,15 +78,15 @@ def main():
     # Three things can fail, and each calls run.fail(), which sets run.stopped:
     # - produce() refuses an event (too large, for example). No report of it will come.
     # - An event has a delivery report of failure. on_delivery() gets it.
-    # - poll() raises: a fatal error (no right to write, for example), after which the library sends nothing more.
+    # - poll() raises: a fatal error (no right to be an idempotent producer, for example). Nothing more will be sent.
     try:
         while made < args.count and not run.stopped:  # With --count 0 that is infinite.
             is_early = time.monotonic() < start + made * args.interval
             is_full = len(producer) >= MAX_UNCONFIRMED  # len(producer): how many events are in the queue.
-            # Step 4 for earlier events. If it is too early for the next event, or the queue is full, we wait in it.
-            producer.poll(0.01 if is_early or is_full else 0)
             if is_early or is_full:
+                producer.poll(0.01)  # Step 4 for earlier events. Waits for 10 ms at most; then we look again.
                 continue
+            producer.poll(0)  # Step 4 without waiting.
             event = registration(fake)
             if event is None:  # There are no more.
                 break
@@ -94,7 +95,7 @@ def main():
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
-            except (KafkaException, BufferError) as error:
+            except (KafkaException, BufferError) as error:  # It is not in the queue.
                 run.fail(f"Failed to deliver to topic {args.topic} with value of {value}: {reason(error)}")
     except KafkaException as error:  # From poll().
         run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
@@ -127,10 +128,10 @@ def flush_all(producer, run):
     """
     while len(producer) > 0:
         if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
-            producer.purge()  # Declares the events that are left failed, though the leader may have stored some.
+            producer.purge()  # Declares the events that are left failed, though the broker may have stored some.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
-        except KafkaException as error:  # A fatal error, as in main(). Reports still come.
+        except KafkaException as error:  # A fatal error. The events that are left still get reports, of failure.
             run.fail(f"{NAME}: can't write any more: {reason(error)}")
 
 
@@ -140,7 +141,7 @@ class Run:
     def __init__(self, args):
         self.quiet = args.quiet
         self.log_file = open(args.log_file, "a", encoding="utf-8")
-        self.delivered = 0  # How many events the leader has confirmed.
+        self.delivered = 0  # How many events the brokers have confirmed.
         self.has_failed = False
         self.stopped = False
         self.exit_status = 0
@@ -154,7 +155,7 @@ class Run:
         what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
         if error is None:
             self.delivered += 1
-            # The offset is None if the leader has dropped it as a copy (enable.idempotence).
+            # The offset may be None if this confirms a copy, which the broker has dropped (enable.idempotence).
             line = f"Produced message on {what}, partition {message.partition()}, offset {message.offset()}"
             self.write_log(line)
             if not self.quiet:
@@ -165,20 +166,23 @@ class Run:
             self.fail(f"Failed to deliver to {what}: {error.str()}")
 
     def fail(self, line):
-        """Ends the loop in main(): the next events would most likely fail too. Those in the queue are still sent."""
+        """Ends the loop in main(), since more events would most likely fail too, and might be out of order.
+
+        Those that are in the queue are still sent.
+        """
         self.stop(exit_status=1)
         self.write_log(line)
         if not self.has_failed:  # On the terminal the first failure is enough.
             self.has_failed = True
             self.write(line, sys.stderr)
 
-    # End of the lesson. -----------------------------------------------------------------------------------------------
-
     def stop(self, exit_status):
         """Ends the loop in main(). exit_status: 1 is a failure, and counts more than that of Ctrl-C."""
         self.stopped = True
         if self.exit_status != 1:
             self.exit_status = exit_status
+
+    # End of the lesson. -----------------------------------------------------------------------------------------------
 
     def write_log(self, line):
         """Writes a line with date and time to the log file."""
@@ -239,14 +243,14 @@ MORE_SETTINGS = {
     "statistics.interval.ms": 5_000,  # How often Run.on_statistics() is called.
     "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes this makes the
-    # library ignore that; later, such an answer makes events fail. From 36 minutes on, its arithmetic overflows.
+    # library ignore that; later, such an answer ends us, and a new start helps. From 36 minutes on, it would overflow.
     "topic.metadata.propagation.max.ms": 2_000_000,
     # How many requests may wait for an answer. With more, events may fail, or be stored twice, when the leader changes
     # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
     "max.in.flight.requests.per.connection": 1,
 }
-# What --config can't change. With the last one on_delivery() would not hear of what is delivered.
-FIXED = {"queue.buffering.max.messages", "queue.buffering.max.kbytes", "delivery.report.only.error"}
+# What --config can't change, since on_delivery() has to hear of each event that brokers have confirmed.
+FIXED = {"acks", "delivery.report.only.error", "queue.buffering.max.messages", "queue.buffering.max.kbytes"}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
