@@ -40,9 +40,10 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Where to start if there is no committed offset, or its event is deleted.
-    # True, the default: poll() hands us 6 and stores 7; the thread commits 7; we are killed in process(): 6 is lost.
-    # False: poll() hands us 6; process() ends; we store 7 ourselves. At worst 6 comes twice.
+    # Who does step 3? By default (True) poll() itself, before we have processed the event: if the 7 is then committed,
+    # and we are killed in process(), 6 is lost. With False we do it, after process(). At worst 6 comes twice.
     "enable.auto.offset.store": False,
+    "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
 
@@ -85,7 +86,7 @@ def main():
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
-                consumer.store_offsets(message)  # Step 3. Stores its offset plus 1.
+                consumer.store_offsets(message)  # Step 3: its offset plus 1. (Never committed with --from-offset.)
     finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
@@ -134,24 +135,24 @@ class Run:
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.begin_anew(partitions)
+        self.forget_progress(partitions)  # For --exit only, and for the message "Waiting for partitions".
         tell_partitions("Got partitions", partitions)
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
-        self.begin_anew(partitions)
+        self.forget_progress(partitions)
         tell_partitions("Gave up partitions", partitions)
 
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
         The usual reasons:
-        - No heartbeat has arrived for 45 seconds, a sign of life that a thread of the library sends every few seconds.
+        - For 45 seconds it has got no heartbeat: a sign of life that a thread of the library sends every few seconds.
           For example, the computer was asleep.
         - We have not called poll() for five minutes.
         Others may be reading these partitions already, so it is too late to commit.
         """
-        self.begin_anew(partitions)
+        self.forget_progress(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
 
     # End of the lesson. -----------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ class Run:
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    def begin_anew(self, partitions):
+    def forget_progress(self, partitions):
         """These partitions came or went. If they come again, we may have to read events of them once more."""
         self.at_end -= set(partitions)
         self.empty_polls = 0
@@ -196,8 +197,8 @@ class Run:
         self.empty_polls += 1
         ours = set(consumer.assignment())
         if not ours and self.empty_polls == 20:
-            tell("Waiting for partitions. Other members of the group may have them all, there is no topic yet, or a broker")
-            tell("is missing. If a member was killed, Kafka waits up to 45 seconds for it.")
+            tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
+            tell("If a member was killed, Kafka waits up to 45 seconds for it.")
         if not ours and self.empty_polls == 120 and self.args.exit:
             fail("no partitions for 60 seconds; other members of the group may have them all")
         if self.args.exit and self.empty_polls % 20 == 0:  # The library waits for a leader without a word.
@@ -296,18 +297,17 @@ def wait_for_kafka(consumer, run):
         message = consumer.poll(0)  # Calls error_cb if there was an error.
         if message is not None:
             run.handle_error(consumer, message)
-        try:
-            names = sorted(consumer.list_topics(timeout=seconds).topics)
-            # This also makes the library watch for a topic that does not exist yet.
-            error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
-            if error is None or not must_exist:
-                tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
-                return
-            problem = f"can't read topic {topic}: {error.str()}"
-            time.sleep(2)  # A broker that has just started may not know the topic yet.
-        except KafkaException:
-            problem = "no answer from Kafka for 30 seconds"
-    fail(problem)
+        with contextlib.suppress(KafkaException):  # No answer in time.
+            for _ in range(10):  # A broker that has just started may not know the topic yet.
+                names = sorted(consumer.list_topics(timeout=seconds).topics)
+                # This also makes the library watch for a topic that does not exist yet.
+                error = consumer.list_topics(topic, timeout=seconds).topics[topic].error
+                if error is None or not must_exist:
+                    tell(f"Available topics to consume: {', '.join(names) or 'none yet'}")
+                    return
+                time.sleep(1)
+            fail(f"can't read topic {topic}: {error.str()}")
+    fail("no answer from Kafka for 30 seconds")
 
 
 def assign_partitions(consumer, topic, wanted):

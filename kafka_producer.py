@@ -39,7 +39,8 @@ from faker import Factory
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
-    # When does a broker confirm an event? Here when all brokers that keep copies of it, and are up to date, have it.
+    # Kafka can keep copies of a partition on several brokers, its replicas. With "all", an event is confirmed when each
+    # replica that is up to date has it.
     "acks": "all",
     # If an event is stored, and only its confirmation is lost, the library sends it again. With True it numbers its
     # events, so that the broker recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
@@ -80,7 +81,7 @@ def main():
     # - An event has a delivery report of failure. on_delivery() gets it.
     # - poll() raises: a fatal error (no right to be an idempotent producer, for example). Nothing more will be sent.
     try:
-        while made < args.count and not run.stopped:  # With --count 0 that is infinite.
+        while made < args.count and not run.stopped:  # --count 0 has become infinite.
             is_early = time.monotonic() < start + made * args.interval
             is_full = len(producer) >= MAX_UNCONFIRMED  # len(producer): how many events are in the queue.
             if is_early or is_full:
@@ -128,7 +129,7 @@ def flush_all(producer, run):
     """
     while len(producer) > 0:
         if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
-            producer.purge()  # Declares the events that are left failed, though the broker may have stored some.
+            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
         except KafkaException as error:  # A fatal error. The events that are left still get reports, of failure.
@@ -249,8 +250,15 @@ MORE_SETTINGS = {
     # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
     "max.in.flight.requests.per.connection": 1,
 }
-# What --config can't change, since on_delivery() has to hear of each event that brokers have confirmed.
-FIXED = {"acks", "delivery.report.only.error", "queue.buffering.max.messages", "queue.buffering.max.kbytes"}
+# What --config can't change: an event counts as delivered when brokers have confirmed it and on_delivery() hears of it,
+# and MAX_UNCONFIRMED has to be lower than the library's own limits.
+FIXED = {
+    "acks",
+    "request.required.acks",  # Another name for acks.
+    "delivery.report.only.error",
+    "queue.buffering.max.messages",
+    "queue.buffering.max.kbytes",
+}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
@@ -274,17 +282,16 @@ def find_topic(producer, topic):
     for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
         try:
             producer.poll(0)  # Calls error_cb if there was an error.
-            error = producer.list_topics(topic, timeout=seconds).topics[topic].error
-            if error is None:
-                return
-            problem = f"can't write to topic {topic}: {error.str()}"
-            time.sleep(2)  # The topic may be about to be created.
+            for _ in range(10):  # The topic may be about to be created.
+                error = producer.list_topics(topic, timeout=seconds).topics[topic].error
+                if error is None:
+                    return
+                time.sleep(1)
+            sys.exit(f"{NAME}: can't write to topic {topic}: {error.str()}")
         except KafkaException as error:
-            problem = "no answer from Kafka for 30 seconds"
             if error.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
-                problem = f"can't write to topic {topic}: {reason(error)}"
-                break
-    sys.exit(f"{NAME}: {problem}")
+                sys.exit(f"{NAME}: can't write to topic {topic}: {reason(error)}")
+    sys.exit(f"{NAME}: no answer from Kafka for 30 seconds")
 
 
 def properties(path):
