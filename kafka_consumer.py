@@ -39,7 +39,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
-    "auto.offset.reset": "earliest",  # Where to start if there is no committed offset, or its event is deleted.
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if Kafka has deleted the event there.
     # Who does step 3? By default (True) poll() itself, before we have processed the event: if the 7 is then committed,
     # and we are killed in process(), 6 is lost. With False we do it, after process(). At worst 6 comes twice.
     "enable.auto.offset.store": False,
@@ -71,8 +71,8 @@ def main():
     printed = 0
     try:
         if args.from_offset is None:
-            # The usual way: asks to join the group. The group answers with a rebalance, even if we are alone in it:
-            # poll() then calls on_assign(), and on_revoke() or on_lost() when partitions go.
+            # The usual way: asks to join the group. A broker then distributes the partitions anew, even if we are alone
+            # (a rebalance): poll() calls on_assign(), and on_revoke() or on_lost() when partitions go.
             consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost)
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
@@ -81,13 +81,13 @@ def main():
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
                 run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
-            elif message.error():  # A problem, as a message too. Or, with --exit, that a partition is read to its end.
+            elif message.error():  # No event but a notice: a problem or, only with --exit, the end of a partition.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
                 printed += 1
                 consumer.store_offsets(message)  # Step 3: its offset plus 1. (Never committed with --from-offset.)
-    finally:  # However the loop has ended: as usual, by an exception, or by sys.exit().
+    finally:  # However the loop has ended. If process() has raised an exception, its event is not stored.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Printed {printed} events. Closing.")
         with ends_within(8):  # Without a broker close() may take minutes. Then the program ends after 8 seconds.
@@ -103,8 +103,8 @@ def process(message, verbose):
 
     - Don't return before the event is safe, in a database for example: then it counts as done, and does not come again.
       print() is not enough, since it may keep the event in a buffer; see write_out().
-    - An event may come twice. So store it under a unique id: its topic, partition and offset, or better one that the
-      producer has put into it.
+    - An event may come twice. So store it under a unique id: its topic, partition and offset. If the producer may have
+      sent it twice, only an id that the producer has put into it helps; ours puts none.
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
@@ -147,8 +147,8 @@ class Run:
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
 
         The usual reasons:
-        - For 45 seconds it has got no heartbeat: a sign of life that a thread of the library sends every few seconds.
-          For example, the computer was asleep.
+        - It has not heard from us for 45 seconds. A thread of the library sends a heartbeat every few seconds, unless
+          the computer was asleep, for example.
         - We have not called poll() for five minutes.
         Others may be reading these partitions already, so it is too late to commit.
         """

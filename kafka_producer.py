@@ -33,8 +33,8 @@ from faker import Factory
 #    - Failed: the broker has refused the event; or no confirmation has come in two minutes, and nobody knows whether
 #      the event is stored.
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
-# Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(). At the end
-# flush() does the same until the queue is empty.
+# Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(): poll_until().
+# At the end flush() does the same until the queue is empty.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -76,18 +76,12 @@ def main():
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
     start = time.monotonic()
     made = 0
-    # Three things can fail, and each calls run.fail(), which sets run.stopped:
-    # - produce() refuses an event (too large, for example). No report of it will come.
-    # - An event has a delivery report of failure. on_delivery() gets it.
-    # - poll() raises: a fatal error (no right to be an idempotent producer, for example). Nothing more will be sent.
     try:
-        while made < args.count and not run.stopped:  # --count 0 has become infinite.
-            is_early = time.monotonic() < start + made * args.interval
-            is_full = len(producer) >= MAX_UNCONFIRMED  # len(producer): how many events are in the queue.
-            if is_early or is_full:
-                producer.poll(0.01)  # Step 4 for earlier events. Waits for 10 ms at most; then we look again.
-                continue
-            producer.poll(0)  # Step 4 without waiting.
+        while made < args.count:  # --count 0 has become infinite.
+            due = start + made * args.interval  # When it is time for this event.
+            poll_until(due, producer, run)  # Step 4 for earlier events.
+            if run.stopped:  # After Ctrl-C, or a failure: see run.fail().
+                break
             event = registration(fake)
             if event is None:  # There are no more.
                 break
@@ -96,14 +90,26 @@ def main():
             made += 1  # Before produce(), so that an event that it refuses is counted too.
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
-            except (KafkaException, BufferError) as error:  # It is not in the queue.
+            except (KafkaException, BufferError) as error:  # Refused, as too large for example: no report will come.
                 run.fail(f"Failed to deliver to topic {args.topic} with value of {value}: {reason(error)}")
-    except KafkaException as error:  # From poll().
+    except KafkaException as error:  # From poll(): a fatal error. The library sends nothing more.
         run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
-    finally:
+    finally:  # Also if registration() raises an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         run.write(f"Delivered {run.delivered} events to topic {args.topic}, {made - run.delivered} failed.", sys.stdout)
+        if run.delivered < made:
+            run.write("What failed may be in the topic all the same. Look there before you send it again.", sys.stderr)
     sys.exit(run.exit_status)
+
+
+def poll_until(due, producer, run):
+    """Step 4, until it is time for the next event and the queue has room for it; or until a failure or Ctrl-C.
+
+    due: a time on the clock of time.monotonic().
+    """
+    producer.poll(0)  # Without waiting.
+    while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
+        producer.poll(0.01)  # Waits for 10 ms at most; then we look again.
 
 
 def registration(fake):
@@ -132,8 +138,8 @@ def flush_all(producer, run):
             producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
-        except KafkaException as error:  # A fatal error. The events that are left still get reports, of failure.
-            run.fail(f"{NAME}: can't write any more: {reason(error)}")
+        except Exception as error:  # A fatal error, or one of on_delivery(). The other events still get their reports.
+            run.fail(f"{NAME}: {reason(error)}")
 
 
 class Run:
@@ -250,15 +256,9 @@ MORE_SETTINGS = {
     # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
     "max.in.flight.requests.per.connection": 1,
 }
-# What --config can't change: an event counts as delivered when brokers have confirmed it and on_delivery() hears of it,
-# and MAX_UNCONFIRMED has to be lower than the library's own limits.
-FIXED = {
-    "acks",
-    "request.required.acks",  # Another name for acks.
-    "delivery.report.only.error",
-    "queue.buffering.max.messages",
-    "queue.buffering.max.kbytes",
-}
+# What --config can't change. With the first one on_delivery() would not hear of what is delivered; the others have to
+# have room for MAX_UNCONFIRMED events.
+FIXED = {"delivery.report.only.error", "queue.buffering.max.messages", "queue.buffering.max.kbytes"}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "

@@ -483,9 +483,13 @@ def assert_wrong_call(script):
     assert all(line.startswith(" ") for line in usage[1:])
 
 
+# What a producer says in the end if not all is delivered.
+LOOK_FIRST = "What failed may be in the topic all the same. Look there before you send it again."
+
+
 def last_error(script):
-    """Returns the last line on standard error, but for what the consumer says when it closes."""
-    closing = r"Printed \d+ events\. Closing\.|Gave up partitions: .*"
+    """Returns the last line on standard error, but for what the scripts say when they close."""
+    closing = r"Printed \d+ events\. Closing\.|Gave up partitions: .*|" + re.escape(LOOK_FIRST)
     return [line for line in script.stderr.splitlines() if not re.fullmatch(closing, line)][-1]
 
 

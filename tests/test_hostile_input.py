@@ -7,7 +7,7 @@ import signal
 import string
 
 import pytest
-from conftest import assert_wrong_call, create_topic, last_error, produce, read_topic, wait_until
+from conftest import LOOK_FIRST, assert_wrong_call, create_topic, last_error, produce, read_topic, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +88,7 @@ def test_events_larger_than_the_broker_takes(scripts, cluster, topic, quiet):
     failure = rf"Failed to deliver to topic {topic} with value of {{.*}}: Broker: Message size too large"
     assert len(log) >= 1
     assert all(re.fullmatch(r"\S+ \S+ " + failure, line) for line in log)
-    assert producer.stderr.splitlines() == [log[0][len("2000-01-01 00:00:00 ") :]]
+    assert producer.stderr.splitlines() == [log[0][len("2000-01-01 00:00:00 ") :], LOOK_FIRST]
     assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, {len(log)} failed."
     assert read_topic(cluster, topic) == []
 
@@ -121,7 +121,8 @@ def test_an_event_that_the_library_refuses(scripts, cluster, topic):
     producer = scripts.producer("-t", topic, "-c", 0, "-i", 0, "-F", config)
     assert producer.wait() == 1
     assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 1 failed."
-    (error,) = producer.stderr.splitlines()
+    error, hint = producer.stderr.splitlines()
+    assert hint == LOOK_FIRST
     failure = rf"Failed to deliver to topic {topic} with value of {{\"user_id\": \d+, .*}}: .*Erroneous state"
     assert re.fullmatch(failure, error)
     (line,) = scripts.log.read_text().splitlines()

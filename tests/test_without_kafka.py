@@ -47,7 +47,6 @@ WRONG_CALLS = {
         "bad value": (["-F", "value"], "acks"),
         "contradiction": (["-F", "contradiction"], "acks"),
         "a setting that the script needs": (["-F", "queue"], "queue.buffering.max.messages"),
-        "no confirmations": (["-F", "unconfirmed"], "can't change request.required.acks"),
         "a folder as log file": (["--log-file", "."], "'.'"),
         "a log file in no folder": (["--log-file", "no-such-folder/producer.log"], "no-such-folder/producer.log"),
     },
@@ -68,7 +67,6 @@ FILES = {
     "value": b"acks=some",
     "contradiction": b"acks=0",
     "queue": b"queue.buffering.max.messages=10",
-    "unconfirmed": b"enable.idempotence=false\nrequest.required.acks=0",
     "commit": b"enable.auto.commit=false",
 }
 
