@@ -39,7 +39,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
-    "auto.offset.reset": "earliest",  # Without a committed offset, or if Kafka has deleted the event there.
+    "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin at the oldest.
     # Who does step 3? By default (True) poll() itself, before we have processed the event: if the 7 is then committed,
     # and we are killed in process(), 6 is lost. With False we do it, after process(). At worst 6 comes twice.
     "enable.auto.offset.store": False,
@@ -49,7 +49,7 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    run = Run(args)  # Tells what is reported to us. run.stopped: true after Ctrl-C, or with --exit when all is read.
+    run = Run(args)  # Our callbacks, and run.stopped: true after Ctrl-C, or with --exit when all is read.
     settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
     if args.from_offset is not None:
         settings["enable.auto.commit"] = False  # No step 4: we only look, and change nothing for the group.
@@ -81,7 +81,7 @@ def main():
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
                 run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
-            elif message.error():  # No event but a notice: a problem or, only with --exit, the end of a partition.
+            elif message.error():  # No event, but a problem or, only with --exit, the news of a partition's end.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
@@ -103,8 +103,8 @@ def process(message, verbose):
 
     - Don't return before the event is safe, in a database for example: then it counts as done, and does not come again.
       print() is not enough, since it may keep the event in a buffer; see write_out().
-    - An event may come twice. So store it under a unique id: its topic, partition and offset. If the producer may have
-      sent it twice, only an id that the producer has put into it helps; ours puts none.
+    - An event may come twice. Its topic, partition and offset are then the same, so use them as its unique id. (If the
+      producer has sent it twice, they differ; then only an id in the event itself would help.)
     - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
       event can cause, or every run will end there.
     - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
@@ -135,13 +135,13 @@ class Run:
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
-        self.forget_progress(partitions)  # For --exit only, and for the message "Waiting for partitions".
         tell_partitions("Got partitions", partitions)
+        self.forget_progress(partitions)  # Our own bookkeeping, for --exit and for messages.
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
-        self.forget_progress(partitions)
         tell_partitions("Gave up partitions", partitions)
+        self.forget_progress(partitions)
 
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
@@ -152,8 +152,14 @@ class Run:
         - We have not called poll() for five minutes.
         Others may be reading these partitions already, so it is too late to commit.
         """
-        self.forget_progress(partitions)
         tell("Lost the partitions. Events since the last commit may come again.")
+        self.forget_progress(partitions)
+
+    def on_commit(self, error, partitions):
+        """Offsets were committed, or could not be."""
+        if error and not self.commit_failed:  # Told once, until a commit succeeds.
+            tell(f"Can't commit offsets, so these events may come again: {error.str()}")
+        self.commit_failed = error is not None
 
     # End of the lesson. -----------------------------------------------------------------------------------------------
 
@@ -161,12 +167,6 @@ class Run:
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.stopped = True
-
-    def on_commit(self, error, partitions):
-        """Offsets were committed, or could not be."""
-        if error and not self.commit_failed:  # Told once, until a commit succeeds.
-            tell(f"Can't commit offsets, so these events may come again: {error.str()}")
-        self.commit_failed = error is not None
 
     def handle_error(self, consumer, message):
         """poll() has returned something that is no event. Ends the program if waiting can't help."""

@@ -46,7 +46,7 @@ SETTINGS = {
     # events, so that the broker recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
     "delivery.timeout.ms": 120_000,  # The two minutes.
-    "partitioner": "murmur2_random",  # Gives a key the same partition as Java programs do; without a key, any.
+    "partitioner": "murmur2_random",  # Finds the partition for a key, as Java programs do; without a key takes any.
 }  # MORE_SETTINGS, below the lesson, are for networks, and against two bugs of the library.
 # When this many events are in the queue, we wait. If we are killed, they may be lost. (The library's own limit is far
 # higher, 100,000 events or 1 GB; beyond it produce() raises BufferError.)
@@ -56,13 +56,14 @@ MAX_UNCONFIRMED = 1_000
 def main():
     args = parse_arguments()
     try:
-        run = Run(args)  # Counts what is delivered, and writes to the log file and the terminal.
+        run = Run(args)  # Knows what is delivered, and whether to stop.
+        trouble = Trouble(run)  # Tells when the connection is bad.
         producer = Producer(
             SETTINGS | MORE_SETTINGS | args.config,  # Of two values for one setting the later one wins.
-            # What the library calls while we are in poll() or flush():
-            error_cb=run.on_connection_error,  # When a connection has failed.
-            stats_cb=run.on_statistics,  # Every five seconds, with statistics: to tell if nothing gets through.
-            logger=run,  # An object, not a function: the library calls its method log() for each line that it logs.
+            # What the library calls in poll() and flush(), besides on_delivery(), which is given to produce():
+            error_cb=trouble.on_error,  # When a connection has failed.
+            stats_cb=trouble.on_statistics,  # Every five seconds, to tell if nothing gets through.
+            logger=trouble,  # An object, not a function: its method log() gets each line that the library logs.
         )
     except Exception as error:  # The log file can't be opened, or the library refuses a setting.
         print(f"{NAME}: {reason(error)}", file=sys.stderr)
@@ -70,7 +71,7 @@ def main():
     find_topic(producer, args.topic)  # Waits until it exists, or ends the program.
     signal.signal(signal.SIGINT, run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
     signal.signal(signal.SIGTERM, run.on_signal)
-    run.write("Kafka Producer has been initiated...", sys.stdout)
+    write("Kafka Producer has been initiated...", sys.stdout, run)
 
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
@@ -96,16 +97,18 @@ def main():
         run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
     finally:  # Also if registration() raises an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
-        run.write(f"Delivered {run.delivered} events to topic {args.topic}, {made - run.delivered} failed.", sys.stdout)
-        if run.delivered < made:
-            run.write("What failed may be in the topic all the same. Look there before you send it again.", sys.stderr)
+        failed = made - run.delivered
+        write(f"Delivered {run.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout, run)
+        if failed:
+            hint = "If not refused, they may be in the topic all the same. Look there before you send them again."
+            write(hint, sys.stderr, run)
     sys.exit(run.exit_status)
 
 
 def poll_until(due, producer, run):
     """Step 4, until it is time for the next event and the queue has room for it; or until a failure or Ctrl-C.
 
-    due: a time on the clock of time.monotonic().
+    due: a time on the clock of time.monotonic(). len(producer): how many events are in the queue.
     """
     producer.poll(0)  # Without waiting.
     while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
@@ -128,22 +131,8 @@ def registration(fake):
     }
 
 
-def flush_all(producer, run):
-    """Waits until each event has its delivery report: two minutes at most, or five seconds after Ctrl-C.
-
-    producer.flush() alone does nearly the same, but does not end at Ctrl-C.
-    """
-    while len(producer) > 0:
-        if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
-            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
-        try:
-            producer.flush(0.1)  # Step 4, for 100 ms.
-        except Exception as error:  # A fatal error, or one of on_delivery(). The other events still get their reports.
-            run.fail(f"{NAME}: {reason(error)}")
-
-
 class Run:
-    """Knows what became of the events and whether to go on. Writes to the log file and the terminal."""
+    """Knows what became of the events, and whether to go on."""
 
     def __init__(self, args):
         self.quiet = args.quiet
@@ -153,8 +142,6 @@ class Run:
         self.stopped = False
         self.exit_status = 0
         self.give_up_at = math.inf  # On the clock of time.monotonic(). Ctrl-C sets it.
-        self.silent_until = 0  # For no_connection().
-        self.stuck_at = None  # For on_statistics().
 
     def on_delivery(self, error, message):
         """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
@@ -164,46 +151,30 @@ class Run:
             self.delivered += 1
             # The offset may be None if this confirms a copy, which the broker has dropped (enable.idempotence).
             line = f"Produced message on {what}, partition {message.partition()}, offset {message.offset()}"
-            self.write_log(line)
+            write_log(line, self)
             if not self.quiet:
-                self.write(line, sys.stdout)
+                write(line, sys.stdout, self)
         else:
             # Perhaps it is stored. If you passed it to produce() again, it would be a new event for Kafka, and could be
             # there twice. Look into the topic first.
             self.fail(f"Failed to deliver to {what}: {error.str()}")
 
     def fail(self, line):
-        """Ends the loop in main(), since more events would most likely fail too, and might be out of order.
+        """Ends the loop in main(). Those events that are in the queue are still sent.
 
-        Those that are in the queue are still sent.
+        More events would most likely fail too. After a failure the library promises neither order nor to drop copies.
         """
         self.stop(exit_status=1)
-        self.write_log(line)
+        write_log(line, self)
         if not self.has_failed:  # On the terminal the first failure is enough.
             self.has_failed = True
-            self.write(line, sys.stderr)
+            write(line, sys.stderr, self)
 
     def stop(self, exit_status):
         """Ends the loop in main(). exit_status: 1 is a failure, and counts more than that of Ctrl-C."""
         self.stopped = True
         if self.exit_status != 1:
             self.exit_status = exit_status
-
-    # End of the lesson. -----------------------------------------------------------------------------------------------
-
-    def write_log(self, line):
-        """Writes a line with date and time to the log file."""
-        self.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", self.log_file)
-
-    def write(self, line, file):
-        """Writes a line at once. If that fails, tells so, and ends the loop in main()."""
-        try:
-            print(line, file=file, flush=True)
-        except OSError as error:
-            silence(file)  # Python has kept the line, and would fail with it again.
-            self.stop(exit_status=1)
-            name = "standard output" if file is sys.stdout else file.name
-            self.write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr)
 
     def on_signal(self, number, frame):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
@@ -212,42 +183,26 @@ class Run:
         self.stop(exit_status=128 + number)
         self.give_up_at = time.monotonic() + 5
 
-    def on_connection_error(self, error):
-        hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
-        self.no_connection(error.str() + hint)
 
-    def no_connection(self, why):
-        """Tells every ten seconds that a connection has failed. The library tries again all the time."""
-        if time.monotonic() > self.silent_until:
-            self.silent_until = time.monotonic() + 10
-            self.write(f"Can't connect: {why}", sys.stderr)
+def flush_all(producer, run):
+    """Does what producer.flush() does, but for five seconds at most after Ctrl-C.
 
-    def log(self, level, template, facility, client, entry):
-        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
+    It ends, since after two minutes (delivery.timeout.ms) each event has a report, be it one of failure.
+    """
+    while len(producer) > 0:  # As long as events are in the queue.
+        if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
+            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
+        try:
+            producer.flush(0.1)  # Step 4, for 100 ms.
+        except Exception as error:  # A fatal error, or one raised in on_delivery(). The others still get their reports.
+            run.fail(f"{NAME}: {reason(error)}")
 
-        FAIL, REQTMOUT: a broker does not answer, or (APIVERSION) does not understand us. BROKER: an address is none.
-        CONFWARN: about settings; those that "will be ignored" are for consumers, in a --config file for both.
-        """
-        line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
-        if level == logging.DEBUG:  # With debug=... in a --config file.
-            self.write(template % (facility, client, entry), sys.stderr)
-        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
-            self.no_connection(line + HINT)
-        elif facility == "BROKER" or (facility == "CONFWARN" and "will be ignored" not in line):
-            self.write(line, sys.stderr)
 
-    def on_statistics(self, text):
-        """Tells if events waited last time, wait now, and none was confirmed in between."""
-        unconfirmed = json.loads(text)["msg_cnt"]
-        if unconfirmed and self.stuck_at == self.delivered:
-            why = "perhaps no broker answers, or too few replicas are up to date"
-            self.write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr)
-        self.stuck_at = self.delivered if unconfirmed else None
-
+# End of the lesson. ---------------------------------------------------------------------------------------------------
 
 MORE_SETTINGS = {
     "broker.address.family": "v4",  # localhost may be an IPv6 address too, but Docker publishes the broker on IPv4.
-    "statistics.interval.ms": 5_000,  # How often Run.on_statistics() is called.
+    "statistics.interval.ms": 5_000,  # How often Trouble.on_statistics() is called.
     "socket.connection.setup.timeout.ms": 10_000,  # If a broker does not let us in for so long, say so and try again.
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes this makes the
     # library ignore that; later, such an answer ends us, and a new start helps. From 36 minutes on, it would overflow.
@@ -264,6 +219,63 @@ HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
     "If so, check advertised.listeners, security.protocol and, with TLS, the host name."
 )
+
+
+class Trouble:
+    """Tells what goes wrong and may pass by itself."""
+
+    def __init__(self, run):
+        self.run = run
+        self.silent_until = 0
+        self.stuck_at = None
+
+    def on_error(self, error):
+        hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
+        self.no_connection(error.str() + hint)
+
+    def no_connection(self, why):
+        """Tells every ten seconds that a connection has failed. The library tries again all the time."""
+        if time.monotonic() > self.silent_until:
+            self.silent_until = time.monotonic() + 10
+            write(f"Can't connect: {why}", sys.stderr, self.run)
+
+    def log(self, level, template, facility, client, entry):
+        """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
+
+        FAIL, REQTMOUT: a broker does not answer, or (APIVERSION) does not understand us. BROKER: an address is none.
+        CONFWARN: about settings; those that "will be ignored" are for consumers, in a --config file for both.
+        """
+        line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
+        if level == logging.DEBUG:  # With debug=... in a --config file.
+            write(template % (facility, client, entry), sys.stderr, self.run)
+        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
+            self.no_connection(line + HINT)
+        elif facility == "BROKER" or (facility == "CONFWARN" and "will be ignored" not in line):
+            write(line, sys.stderr, self.run)
+
+    def on_statistics(self, text):
+        """Tells if events waited last time, wait now, and none was confirmed in between."""
+        unconfirmed = json.loads(text)["msg_cnt"]
+        if unconfirmed and self.stuck_at == self.run.delivered:
+            why = "perhaps no broker answers, or too few replicas are up to date"
+            write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr, self.run)
+        self.stuck_at = self.run.delivered if unconfirmed else None
+
+
+def write_log(line, run):
+    """Writes a line with date and time to the log file."""
+    write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", run.log_file, run)
+
+
+def write(line, file, run):
+    """Writes a line at once. If that fails, tells so, and ends the loop in main()."""
+    try:
+        print(line, file=file, flush=True)
+    except OSError as error:
+        silence(file)  # Python has kept the line, and would fail with it again.
+        run.stop(exit_status=1)
+        name = "standard output" if file is sys.stdout else file.name
+        write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr, run)
 
 
 def silence(file):

@@ -484,7 +484,7 @@ def assert_wrong_call(script):
 
 
 # What a producer says in the end if not all is delivered.
-LOOK_FIRST = "What failed may be in the topic all the same. Look there before you send it again."
+LOOK_FIRST = "If not refused, they may be in the topic all the same. Look there before you send them again."
 
 
 def last_error(script):
