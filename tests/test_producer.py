@@ -2,8 +2,10 @@
 
 import json
 import signal
+import subprocess
+import sys
 
-from conftest import read_topic
+from conftest import LIMIT, ROOT, read_topic
 
 
 def delivered(producer):
@@ -59,6 +61,23 @@ def test_a_full_local_queue_is_waited_for(scripts, cluster, topic):
     config.write_text("# wait for three seconds\nlinger.ms = 3000\n\nbatch.num.messages=99999\nbatch.size=9999999\n")
     assert scripts.producer("-t", topic, "-c", 1_001, "-i", 0, "-F", config).wait() == 0
     assert len(read_topic(cluster, topic)) == 1_001
+
+
+def test_a_mistake_in_on_delivery_of_a_copy(scripts, cluster, topic):
+    """Each event that was made before still gets its report, and the mistake is told."""
+    source = (ROOT / "kafka_producer.py").read_text()
+    right = "            self.delivered += 1\n"
+    assert source.count(right) == 1
+    copy = scripts.folder / "my_producer.py"
+    copy.write_text(source.replace(right, f"{right}            1 / 0\n"))
+    command = [sys.executable, copy, "-b", cluster.bootstrap_servers, "-t", topic, "-i", "0", "-c", "5000"]
+    done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 1
+    # confluent-kafka 2.16.1 raises a SystemError from poll(), but the right exception from flush().
+    assert "my_producer.py: division by zero\n" in done.stderr
+    count = len(read_topic(cluster, topic))
+    assert count > 1
+    assert done.stdout.splitlines()[-1] == f"Delivered {count} events to topic {topic}, 0 failed."
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(scripts, cluster, topic):
