@@ -174,7 +174,7 @@ class Run:
         if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
             self.at_end.add(TopicPartition(message.topic(), message.partition()))
             self.empty_polls = 0
-            self.check_end(consumer)
+            self.check_end(set(consumer.assignment()))
         elif error.code() in PASSING_ERRORS:
             tell(error.str())
         else:
@@ -185,17 +185,16 @@ class Run:
         self.at_end -= set(partitions)
         self.empty_polls = 0
 
-    def check_end(self, consumer):
-        """Stops if all of our partitions are read to their end. Only with --exit at_end gets any."""
-        ours = set(consumer.assignment())  # TopicPartitions are equal if topic and partition are.
+    def check_end(self, ours):
+        """Stops if all of our partitions, a set of TopicPartitions, are read to their end. Only with --exit any is."""
         if ours and ours <= self.at_end:
             self.stopped = True
 
     def check_progress(self, consumer):
         """poll() had nothing for half a second. Tells if we wait for something other than events."""
-        self.check_end(consumer)
+        ours = set(consumer.assignment())  # TopicPartitions are equal if topic and partition are.
+        self.check_end(ours)
         self.empty_polls += 1
-        ours = set(consumer.assignment())
         if not ours and self.empty_polls == 20:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")

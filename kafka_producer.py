@@ -61,7 +61,7 @@ def main():
         producer = Producer(
             SETTINGS | MORE_SETTINGS | args.config,  # Of two values for one setting the later one wins.
             # What the library calls in poll() and flush(), besides on_delivery(), which is given to produce():
-            error_cb=trouble.on_error,  # When a connection has failed.
+            error_cb=trouble.on_connection_error,  # When a connection has failed.
             stats_cb=trouble.on_statistics,  # Every five seconds, to tell if nothing gets through.
             logger=trouble,  # An object, not a function: its method log() gets each line that the library logs.
         )
@@ -229,7 +229,7 @@ class Trouble:
         self.silent_until = 0
         self.stuck_at = None
 
-    def on_error(self, error):
+    def on_connection_error(self, error):
         hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
         self.no_connection(error.str() + hint)
 

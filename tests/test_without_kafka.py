@@ -46,7 +46,8 @@ WRONG_CALLS = {
         "no interval": (["-i", "nan"], "nan"),
         "bad value": (["-F", "value"], "acks"),
         "contradiction": (["-F", "contradiction"], "acks"),
-        "a setting that the script needs": (["-F", "queue"], "queue.buffering.max.messages"),
+        "a setting that the script needs": (["-F", "reports"], "delivery.report.only.error"),
+        "a queue with too little room": (["-F", "queue"], "queue.buffering.max.messages"),
         "a folder as log file": (["--log-file", "."], "'.'"),
         "a log file in no folder": (["--log-file", "no-such-folder/producer.log"], "no-such-folder/producer.log"),
     },
@@ -66,6 +67,7 @@ FILES = {
     "bytes": b"\xff\xfe=1",
     "value": b"acks=some",
     "contradiction": b"acks=0",
+    "reports": b"delivery.report.only.error=true",
     "queue": b"queue.buffering.max.messages=10",
     "commit": b"enable.auto.commit=false",
 }
