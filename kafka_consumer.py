@@ -40,8 +40,8 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin at the oldest.
-    # Who does step 3? By default (True) poll() itself, before we have processed the event: if the 7 is then committed,
-    # and we are killed in process(), 6 is lost. With False we do it, after process(). At worst 6 comes twice.
+    # Who does step 3? By default (True) the library, in poll(), so before step 2. Then it may commit the 7 while we
+    # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2. At worst 6 comes twice.
     "enable.auto.offset.store": False,
     "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
@@ -68,7 +68,7 @@ def main():
     tell("Kafka Consumer has been initiated...")
     wait_for_kafka(consumer, run)  # Prints which topics there are. Ends the program if there is no answer.
 
-    printed = 0
+    processed = 0
     try:
         if args.from_offset is None:
             # The usual way: asks to join the group. A broker then distributes the partitions anew, even if we are alone
@@ -77,7 +77,7 @@ def main():
         else:
             assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
         handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
-        while printed < args.max_messages and not run.stopped:
+        while processed < args.max_messages and not run.stopped:
             message = consumer.poll(0.5)  # Step 1. Returns one of three things:
             if message is None:  # Nothing, for half a second.
                 run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
@@ -85,14 +85,14 @@ def main():
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 process(message, args.verbose)  # Step 2.
-                printed += 1
+                processed += 1
                 consumer.store_offsets(message)  # Step 3: its offset plus 1. (Never committed with --from-offset.)
     finally:  # However the loop has ended. If process() has raised an exception, its event is not stored.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
-        tell(f"Printed {printed} events. Closing.")
+        tell(f"Processed {processed} events. Closing.")
         with ends_within(8):  # Without a broker close() may take minutes. Then the program ends after 8 seconds.
             consumer.close()  # Commits what was stored (step 4), and leaves the group.
-    sys.exit(1 if run.commit_failed else 0)
+    sys.exit(1 if run.commit_failed else run.exit_status)
 
 
 def process(message, verbose):
@@ -103,11 +103,12 @@ def process(message, verbose):
 
     - Don't return before the event is safe, in a database for example: then it counts as done, and does not come again.
       print() is not enough, since it may keep the event in a buffer; see write_out().
-    - An event may come twice. Its topic, partition and offset are then the same, so use them as its unique id. (If the
-      producer has sent it twice, they differ; then only an id in the event itself would help.)
-    - If this raises an exception, the program ends, and the next run begins with the same event. So catch what a bad
-      event can cause, or every run will end there.
-    - If it takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions.
+    - An event may come twice. Its topic, partition and offset are then the same, so they are a unique id. But if the
+      producer has sent it twice, for example after a restart, they differ, and only an id in the event itself helps.
+    - If this raises an exception, the program ends, and the next run begins with the same event. That is right if a
+      database is away. But catch what a bad event can cause, or every run will end there.
+    - Ctrl-C has to wait until this returns. If it takes more than five minutes (max.poll.interval.ms), another consumer
+      gets our partitions.
     """
     line = text(message.value())
     if verbose:
@@ -122,21 +123,43 @@ def text(data):
     return "null" if data is None else data.decode(errors="backslashreplace")
 
 
+# Errors that may pass by themselves. After most others waiting does not help; a new start may.
+PASSING_ERRORS = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
+    KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
+}
+
+
 class Run:
     """Tells what the library and the system report, and knows when to stop."""
 
     def __init__(self, args):
         self.args = args
         self.stopped = False
+        self.exit_status = 0
         self.commit_failed = False
         self.at_end = set()  # With --exit, the TopicPartitions that are read to their end.
         self.empty_polls = 0  # How often poll() had nothing since our partitions last changed; 20 take ten seconds.
         self.silent_until = 0  # For no_connection().
 
+    def handle_error(self, consumer, message):
+        """poll() has returned something that is no event. Ends the program if waiting can't help."""
+        error = message.error()
+        if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
+            self.at_end.add(TopicPartition(message.topic(), message.partition()))
+            self.empty_polls = 0
+            self.check_end(set(consumer.assignment()))
+        elif error.code() in PASSING_ERRORS:
+            tell(error.str())
+        else:
+            fail(f"can't read topic {self.args.topic}: {error.str()}")
+
+    # The next four only tell what the library does, and keep the books for --exit. The library needs none of them.
+
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
-        self.forget_progress(partitions)  # Our own bookkeeping, for --exit and for messages.
+        self.forget_progress(partitions)
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
@@ -156,29 +179,20 @@ class Run:
         self.forget_progress(partitions)
 
     def on_commit(self, error, partitions):
-        """Offsets were committed, or could not be."""
+        """Offsets were committed, or could not be. Then the next commit may make up for it."""
         if error and not self.commit_failed:  # Told once, until a commit succeeds.
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
         self.commit_failed = error is not None
 
     # End of the lesson. -----------------------------------------------------------------------------------------------
 
-    def on_signal(self, *_):
+    def on_signal(self, number, frame):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.stopped = True
-
-    def handle_error(self, consumer, message):
-        """poll() has returned something that is no event. Ends the program if waiting can't help."""
-        error = message.error()
-        if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-            self.at_end.add(TopicPartition(message.topic(), message.partition()))
-            self.empty_polls = 0
-            self.check_end(set(consumer.assignment()))
-        elif error.code() in PASSING_ERRORS:
-            tell(error.str())
-        else:
-            fail(f"can't read topic {self.args.topic}: {error.str()}")
+        # Without these two options there is no other end, so the status is 0.
+        if self.args.exit or self.args.max_messages < sys.maxsize:
+            self.exit_status = 128 + number
 
     def forget_progress(self, partitions):
         """These partitions came or went. If they come again, we may have to read events of them once more."""
@@ -239,11 +253,6 @@ MORE_SETTINGS = {
     "fetch.queue.backoff.ms": 10,  # With 100,000 events or 64 MB read ahead, pause for 10 ms. The usual second is slow.
 }
 FIXED = {"enable.auto.offset.store", "enable.auto.commit", "enable.partition.eof"}  # What --config can't change.
-# Errors that may pass by themselves. After most others waiting does not help; a new start may.
-PASSING_ERRORS = {
-    KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
-    KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
-}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
@@ -375,12 +384,12 @@ def offset(given):
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Prints the events of a Kafka topic, one per line, and goes on where its consumer group left off.",
-        epilog="Exit status: 0 done, 1 failed, 2 wrong call, 130 or 143 by a signal at the start, or a second one.",
+        epilog="Exit status: 0 done, 1 failed, 2 wrong call, 130 or 143 ended by a signal before it was done.",
     )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to read (default: %(default)s)")
-    add("-G", "--group", help="consumer group to read as (default: python-consumer)")
+    add("-G", "--group", help=f"consumer group to read as (default: {SETTINGS['group.id']})")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("-o", "--from-offset", type=offset, help="for each partition: N, -N (before its end), beginning, end")
     add("-c", "--max-messages", type=int, default=sys.maxsize, metavar="N", help="end after so many events")

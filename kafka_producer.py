@@ -73,18 +73,19 @@ def main():
     signal.signal(signal.SIGTERM, run.on_signal)
     write("Kafka Producer has been initiated...", sys.stdout, run)
 
-    fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
-    fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
-    start = time.monotonic()
+    events = registrations(args.seed)
     made = 0
+    start = time.monotonic()
+    # The loop ends when enough events are made, when there are no more, or when run.stopped is set: by Ctrl-C or by the
+    # first failure. Then we wait for the reports of those in the queue ("finally"), and exit.
     try:
         while made < args.count:  # --count 0 has become infinite.
             due = start + made * args.interval  # When it is time for this event.
             poll_until(due, producer, run)  # Step 4 for earlier events.
-            if run.stopped:  # After Ctrl-C, or a failure: see run.fail().
+            if run.stopped:
                 break
-            event = registration(fake)
-            if event is None:  # There are no more.
+            event = next(events, None)  # Or None, if there are no more.
+            if event is None:
                 break
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
@@ -92,10 +93,10 @@ def main():
             try:
                 producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
             except (KafkaException, BufferError) as error:  # Refused, as too large for example: no report will come.
-                run.fail(f"Failed to deliver to topic {args.topic} with value of {value}: {reason(error)}")
+                run.fail(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
     except KafkaException as error:  # From poll(): a fatal error. The library sends nothing more.
         run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
-    finally:  # Also if registration() raises an exception.
+    finally:  # Also if registrations() raises an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
         write(f"Delivered {run.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout, run)
@@ -115,20 +116,23 @@ def poll_until(due, producer, run):
         producer.poll(0.01)  # Waits for 10 ms at most; then we look again.
 
 
-def registration(fake):
-    """Returns one event as a dict, or None if there are no more.
+def registrations(seed):
+    """Yields events without end, each a dict. seed: with the same number it makes the same people each time.
 
-    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). For
-    events without a key remove that line, and key=key from the call of produce(); they go to random partitions.
-    While it waits for data, no reports are passed on, and Ctrl-C has to wait too. So it should never wait for long.
+    For data of your own replace this function; it may also end. If they have no user_id, replace the line "key = ..."
+    in main() too. (Events without a key, key=None, go to random partitions.) Each time the program starts, this begins
+    anew. While it waits for data, no reports are passed on, and Ctrl-C has to wait too, so it should never wait long.
     """
-    return {
-        "user_id": fake.random_int(20000, 100000),
-        "user_name": fake.name(),
-        "user_address": f"{fake.street_address()} | {fake.city()} | {fake.country_code()}",
-        "platform": fake.random_element(("Mobile", "Laptop", "Tablet")),
-        "signup_at": str(fake.date_time_this_month()),
-    }
+    fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
+    fake.seed_instance(seed)
+    while True:
+        yield {
+            "user_id": fake.random_int(20000, 100000),
+            "user_name": fake.name(),
+            "user_address": f"{fake.street_address()} | {fake.city()} | {fake.country_code()}",
+            "platform": fake.random_element(("Mobile", "Laptop", "Tablet")),
+            "signup_at": str(fake.date_time_this_month()),
+        }
 
 
 class Run:
@@ -145,24 +149,26 @@ class Run:
 
     def on_delivery(self, error, message):
         """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
-        value = message.value() or b""  # None in an event without a value.
-        what = f"topic {message.topic()} with value of {value.decode(errors='backslashreplace')}"
+        topic = message.topic()
+        value = (message.value() or b"").decode(errors="backslashreplace")  # None in an event without a value.
         if error is None:
             self.delivered += 1
             # The offset may be None if this confirms a copy, which the broker has dropped (enable.idempotence).
-            line = f"Produced message on {what}, partition {message.partition()}, offset {message.offset()}"
+            place = f"partition {message.partition()}, offset {message.offset()}"
+            line = f"Produced message on topic {topic} with value of {value}, {place}"
             write_log(line, self)
             if not self.quiet:
                 write(line, sys.stdout, self)
         else:
             # Perhaps it is stored. If you passed it to produce() again, it would be a new event for Kafka, and could be
             # there twice. Look into the topic first.
-            self.fail(f"Failed to deliver to {what}: {error.str()}")
+            self.fail(f"Failed to deliver to topic {topic}: {error.str()}. Value: {value}")
 
     def fail(self, line):
-        """Ends the loop in main(). Those events that are in the queue are still sent.
+        """Ends the loop in main(), not the program: those events that are in the queue are still sent.
 
-        More events would most likely fail too. After a failure the library promises neither order nor to drop copies.
+        Why stop? More events would most likely fail too. And with a failure the library begins to number its events
+        anew. The broker may then not recognize a copy of one that was sent before, and the order may change.
         """
         self.stop(exit_status=1)
         write_log(line, self)
@@ -323,12 +329,14 @@ def properties(path):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.epilog = "Exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 or 143 ended by a signal."
+    parser = argparse.ArgumentParser(
+        description="Writes fake user registrations to a Kafka topic, and reports what became of each one.",
+        epilog="Exit status: 0 all delivered, 1 something failed, 2 wrong call, 130 or 143 ended by a signal.",
+    )
     add = parser.add_argument
     add("-b", "--bootstrap-servers", metavar="HOST:PORT,...", help="brokers to ask first (default: localhost:9092)")
     add("-t", "--topic", default="user-tracker", help="topic to write to (default: %(default)s)")
-    add("-c", "--count", type=int, default=10, help="how many events; 0: without end (default: %(default)s)")
+    add("-c", "--count", type=int, default=10, help="how many events; 0: no limit (default: %(default)s)")
     add("-i", "--interval", type=float, default=1, help="average seconds from event to event (default: %(default)s)")
     add("-F", "--config", type=properties, default={}, metavar="FILE", help="librdkafka properties, key=value lines")
     add("--log-file", default="producer.log", metavar="FILE", help="file to append to (default: %(default)s)")

@@ -489,7 +489,7 @@ LOOK_FIRST = "If not refused, they may be in the topic all the same. Look there 
 
 def last_error(script):
     """Returns the last line on standard error, but for what the scripts say when they close."""
-    closing = r"Printed \d+ events\. Closing\.|Gave up partitions: .*|" + re.escape(LOOK_FIRST)
+    closing = r"Processed \d+ events\. Closing\.|Gave up partitions: .*|" + re.escape(LOOK_FIRST)
     return [line for line in script.stderr.splitlines() if not re.fullmatch(closing, line)][-1]
 
 

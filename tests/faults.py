@@ -1,14 +1,14 @@
 """What the fault tests share: random moments, what the log and the topic say, and whether they agree."""
 
+import itertools
 import json
 import os
 import random
 import re
 
 from conftest import read_topic
-from faker import Factory
 
-from kafka_producer import registration
+from kafka_producer import registrations
 
 # Which moments are taken; a failed test shows it, and FAULT_SEED=... takes the same ones again.
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(1_000_000)))
@@ -45,11 +45,8 @@ def reports(log):
             value, partition, offset = produced.groups()
             yield value, int(partition), offset and int(offset)
         else:
-            yield (
-                re.fullmatch(r"\S+ \S+ Failed to deliver to topic \S+ with value of (\{.*\}): [^{}]*", line)[1],
-                None,
-                None,
-            )
+            failed = re.fullmatch(r"\S+ \S+ Failed to deliver to topic \S+: [^{}]+\. Value: (\{.*\})", line)
+            yield failed[1], None, None
 
 
 def logged(scripts):
@@ -80,9 +77,7 @@ def person(value):
 
 def order_of_people(count, seed=SEED):
     """Makes the same people as a producer with this seed; returns {person: number}."""
-    fake = Factory.create(use_weighting=False)
-    fake.seed_instance(seed)
-    made = (json.dumps(registration(fake)) for _ in range(count))
+    made = map(json.dumps, itertools.islice(registrations(seed), count))
     order = {person(value): number for number, value in enumerate(made)}
     assert len(order) == count
     return order

@@ -90,7 +90,7 @@ def test_a_signal_ends_a_consumer_that_closes(scripts, cluster, topic, group):
     try:
         for _ in range(2_999):
             consumer.process.stdout.readline()
-        consumer.wait_for_stderr("Printed 3000 events. Closing.")
+        consumer.wait_for_stderr("Processed 3000 events. Closing.")
         assert press_again(consumer, signal.SIGTERM) == -signal.SIGTERM
     finally:
         cluster.brokers[0].resume()

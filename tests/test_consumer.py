@@ -16,7 +16,7 @@ def test_the_next_run_goes_on_where_this_one_ended(scripts, cluster, filled, gro
         consumer = scripts.consumer("-t", filled, "-G", group, "-c", 3 if expected[:1] != [6] else 100, "--exit")
         assert consumer.wait() == 0
         assert numbers(consumer.lines) == expected
-        assert f"Printed {len(expected)} events. Closing." in consumer.stderr
+        assert f"Processed {len(expected)} events. Closing." in consumer.stderr
     assert committed(cluster, filled, group) == 10
 
 
@@ -52,6 +52,20 @@ def test_signals_commit_and_end(scripts, cluster, filled, group, signum):
     assert again.wait_for_lines(1) == ["{}"]
     assert again.end(signum, limit=2) == 0
     assert again.lines == ["{}"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [["--exit"], ["--max-messages", 100_000]], ids=["exit", "max-messages"])
+def test_a_signal_before_it_is_done(scripts, cluster, topic, group, options, signum):
+    """What follows after && must not take a part for the whole. What was printed is done with all the same."""
+    produce(cluster, topic, numbered(20_000))
+    consumer = scripts.consumer("-t", topic, "-G", group, *options, stdout=subprocess.PIPE)
+    with consumer.process.stdout as stdout:  # A pipe holds less than all events, so it can't be done yet.
+        part = stdout.read(1)
+        consumer.process.send_signal(signum)
+        part += stdout.read()
+    assert consumer.wait() == 128 + signum
+    assert 0 < committed(cluster, topic, group) == len(part.splitlines()) < 20_000
 
 
 def test_partitions_that_are_lost(scripts, cluster, filled, group):

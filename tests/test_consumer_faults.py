@@ -88,7 +88,7 @@ def test_an_outage_of_20_seconds(scripts, cluster, topic, group):
     assert consumer.lines == values
     # About one every ten seconds, and no word when it is over.
     assert 1 <= consumer.stderr.count("Can't connect") <= 2 + (time.monotonic() - begin) / 10
-    usual = ("Kafka Consumer", "Available topics", "Got partitions", "Gave up partitions", "Printed")
+    usual = ("Kafka Consumer", "Available topics", "Got partitions", "Gave up partitions", "Processed")
     usual += ("Can't connect", "Is Kafka running")
     assert all(line.startswith(usual) for line in consumer.stderr.splitlines()), consumer.stderr
 

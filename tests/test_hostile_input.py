@@ -85,7 +85,7 @@ def test_events_larger_than_the_broker_takes(scripts, cluster, topic, quiet):
     producer = scripts.producer("-t", topic, "-c", 0, "-i", 0.001, *(["-q"] if quiet else []))
     assert producer.wait() == 1
     log = scripts.log.read_text().splitlines()
-    failure = rf"Failed to deliver to topic {topic} with value of {{.*}}: Broker: Message size too large"
+    failure = rf"Failed to deliver to topic {topic}: Broker: Message size too large\. Value: {{.*}}"
     assert len(log) >= 1
     assert all(re.fullmatch(r"\S+ \S+ " + failure, line) for line in log)
     assert producer.stderr.splitlines() == [log[0][len("2000-01-01 00:00:00 ") :], LOOK_FIRST]
@@ -123,7 +123,7 @@ def test_an_event_that_the_library_refuses(scripts, cluster, topic):
     assert producer.lines[-1] == f"Delivered 0 events to topic {topic}, 1 failed."
     error, hint = producer.stderr.splitlines()
     assert hint == LOOK_FIRST
-    failure = rf"Failed to deliver to topic {topic} with value of {{\"user_id\": \d+, .*}}: .*Erroneous state"
+    failure = rf"Failed to deliver to topic {topic}: .*Erroneous state\. Value: {{\"user_id\": \d+, .*}}"
     assert re.fullmatch(failure, error)
     (line,) = scripts.log.read_text().splitlines()
     assert re.fullmatch(rf"\S+ \S+ {re.escape(error)}", line)

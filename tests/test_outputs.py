@@ -126,7 +126,7 @@ def test_consumer_with_stdout_full(scripts, cluster, filled, group):
     assert consumer.wait() == 1
     assert consumer.stderr.splitlines()[-3:] == [
         "kafka_consumer.py: can't write to standard output: No space left on device",
-        "Printed 0 events. Closing.",
+        "Processed 0 events. Closing.",
         "Gave up partitions: 0",
     ]
     assert not committed(cluster, filled, group)

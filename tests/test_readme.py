@@ -6,10 +6,12 @@ is pressed there. A terminal in which something still runs takes no other comman
 the reader: "docker" is only looked at, "tests" would run these tests.
 """
 
+import csv
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXTERNAL, LIMIT, ROOT, read_topic, wait_until
+from conftest import EXTERNAL, LIMIT, ROOT, produce, read_topic, wait_until
 from local_cluster import KAFKA_VERSIONS, class_path, free_port
 
 README = (ROOT / "README.md").read_text()
@@ -170,19 +172,56 @@ def test_every_step(tmp_path, whole):
             subprocess.run(command, check=True, timeout=90)
 
 
-def test_make_it_yours(scripts, cluster, topic, group):
-    """The function of the example takes the place of the one in the consumer."""
-    assert scripts.producer("-t", topic, "-i", 0).wait() == 0
-    events = [json.loads(record.value) for record in read_topic(cluster, topic)]
-    assert len(events) == 10
-    (example,) = blocks("python")
-    code = (ROOT / "kafka_consumer.py").read_text()
-    before, function, after = re.split(r"^(def process\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
-    assert "write_out(line)" in function
-    (scripts.folder / "mine.py").write_text(f"import json\n{before}{example}\n{after}")
-    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
+def make_it_yours(name, imports):
+    """Returns a script in which the function of README's example takes the place of the one of this name."""
+    (example,) = (block for block in blocks("python") if f"def {name}(" in block)
+    script = {"registrations": "kafka_producer.py", "process": "kafka_consumer.py"}[name]
+    code = (ROOT / script).read_text()
+    before, _, after = re.split(rf"^(def {name}\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
+    for module in imports:
+        assert f"import {module}" in README
+    return "".join(f"import {module}\n" for module in imports) + f"{before}{example}\n\n{after}"
+
+
+def test_make_the_producer_yours(scripts, cluster, topic):
+    rows = [{"customer": f"Zoë {number % 3}", "note": "" if number % 2 else "a, b"} for number in range(100)]
+    with (scripts.folder / "orders.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    old, new = '            key = str(event["user_id"])\n', 'key = event["customer"]'
+    assert f"`{new}`" in README
+    code = make_it_yours("registrations", ["csv"])
+    assert code.count(old) == 1
+    (scripts.folder / "mine.py").write_text(code.replace(old, f"            {new}\n"))
+    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-c", "0", "-i", "0", "-q"]
     shown = subprocess.check_output([sys.executable, "mine.py", *options], cwd=scripts.folder, text=True, timeout=LIMIT)
-    assert shown.splitlines() == [f"{event['user_name']} uses a {event['platform']}" for event in events]
+    assert shown.splitlines()[-1] == f"Delivered 100 events to topic {topic}, 0 failed."
+    stored = [(record.key.decode(), json.loads(record.value)) for record in read_topic(cluster, topic)]
+    assert stored == [(row["customer"], row) for row in rows]
+
+
+BAD = [None, b"", b"\xff", b"[]", b"{}", b"[" * 100_000, rb'{"user_id": 1, "user_name": "\ud800"}']
+BAD += [b'{"user_id": %b, "user_name": "A"}' % wrong for wrong in (b'"x"', b"[1]", b"1e30", b"Infinity", b"NaN")]
+
+
+def test_make_the_consumer_yours(scripts, cluster, topic, group):
+    """Each event of the producer is in the database once, though it comes twice, and bad ones are skipped."""
+    assert scripts.producer("-t", topic, "-i", 0, "--seed", 1).wait() == 0
+    produce(cluster, topic, BAD)
+    assert scripts.producer("-t", topic, "-i", 0, "--seed", 1).wait() == 0
+    records = read_topic(cluster, topic)
+    events = [json.loads(record.value) for record in (*records[:10], *records[-10:])]
+    (scripts.folder / "mine.py").write_text(make_it_yours("process", ["json", "sqlite3"]))
+    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
+    done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
+    skipped = [f"Skipped partition 0, offset {10 + number}." for number in range(len(BAD))]
+    assert re.findall("^Skipped .*", done.stderr, re.MULTILINE) == skipped
+    database = sqlite3.connect(scripts.folder / "users.db")
+    users = dict(database.execute("SELECT id, name FROM users").fetchall())
+    database.close()
+    assert users == {event["user_id"]: event["user_name"] for event in events}
+    assert len(users) == 10
 
 
 def test_every_block_is_one_of_these():

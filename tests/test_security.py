@@ -248,7 +248,7 @@ def test_a_topic_that_nobody_makes(scripts, files, topic):
 
 DENIED = "Topic authorization failed"
 NO_RIGHTS = {
-    "write": ("producer", "walter", ["-c", 0], f"Failed to deliver to topic {{topic}} .*{DENIED}"),
+    "write": ("producer", "walter", ["-c", 0], f"Failed to deliver to topic {{topic}}: .*{DENIED}"),
     "write any topic": ("producer", "reader", ["-c", 0], "can't write to topic {topic}: .* authorization failed"),
     "see, producer": ("producer", "nobody", [], "can't write to topic {topic}: .* authorization failed"),
     "see, consumer": ("consumer", "nobody", [], "can't read topic {topic}: .* authorization failed"),

@@ -38,7 +38,7 @@ def test_two_terminals_and_the_log(scripts, cluster, topic, group):
 
     assert "Kafka Consumer has been initiated..." in consumer.stderr
     assert "Got partitions: 0" in consumer.stderr
-    assert "Printed 10 events." in consumer.stderr
+    assert "Processed 10 events." in consumer.stderr
     assert committed(cluster, topic, group) == 10
 
 
