@@ -76,13 +76,11 @@ def main():
     events = registrations(args.seed)
     made = 0
     start = time.monotonic()
-    # The loop ends when enough events are made, when there are no more, or when run.stopped is set: by Ctrl-C or by the
-    # first failure. Then we wait for the reports of those in the queue ("finally"), and exit.
     try:
         while made < args.count:  # --count 0 has become infinite.
             due = start + made * args.interval  # When it is time for this event.
             poll_until(due, producer, run)  # Step 4 for earlier events.
-            if run.stopped:
+            if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
             event = next(events, None)  # Or None, if there are no more.
             if event is None:
@@ -90,13 +88,11 @@ def main():
             key = str(event["user_id"])
             value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
             made += 1  # Before produce(), so that an event that it refuses is counted too.
-            try:
-                producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
-            except (KafkaException, BufferError) as error:  # Refused, as too large for example: no report will come.
-                run.fail(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
-    except KafkaException as error:  # From poll(): a fatal error. The library sends nothing more.
-        run.fail(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
-    finally:  # Also if registrations() raises an exception.
+            producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
+    except (KafkaException, BufferError) as error:  # produce() refuses this event, as too large for example.
+        poll_until(due, producer, run)  # If the library refuses all events, this tells why.
+        run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
+    finally:  # However the loop has ended, also if registrations() has raised an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
         write(f"Delivered {run.delivered} events to topic {args.topic}, {failed} failed.", sys.stdout, run)
@@ -111,9 +107,12 @@ def poll_until(due, producer, run):
 
     due: a time on the clock of time.monotonic(). len(producer): how many events are in the queue.
     """
-    producer.poll(0)  # Without waiting.
-    while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
-        producer.poll(0.01)  # Waits for 10 ms at most; then we look again.
+    try:
+        producer.poll(0)  # Without waiting.
+        while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
+            producer.poll(0.01)  # Waits for 10 ms at most; then we look again.
+    except KafkaException as error:  # A fatal error: the library sends nothing more. A missing right, for example.
+        run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
 
 
 def registrations(seed):
@@ -139,7 +138,7 @@ class Run:
     """Knows what became of the events, and whether to go on."""
 
     def __init__(self, args):
-        self.quiet = args.quiet
+        self.args = args
         self.log_file = open(args.log_file, "a", encoding="utf-8")
         self.delivered = 0  # How many events the brokers have confirmed.
         self.has_failed = False
@@ -157,18 +156,20 @@ class Run:
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on topic {topic} with value of {value}, {place}"
             write_log(line, self)
-            if not self.quiet:
+            if not self.args.quiet:
                 write(line, sys.stdout, self)
         else:
             # Perhaps it is stored. If you passed it to produce() again, it would be a new event for Kafka, and could be
             # there twice. Look into the topic first.
-            self.fail(f"Failed to deliver to topic {topic}: {error.str()}. Value: {value}")
+            self.note_failure(f"Failed to deliver to topic {topic}: {error.str()}. Value: {value}")
 
-    def fail(self, line):
-        """Ends the loop in main(), not the program: those events that are in the queue are still sent.
+    def note_failure(self, line):
+        """Ends the loop in main(). Those events that are in the queue are still sent.
 
-        Why stop? More events would most likely fail too. And with a failure the library begins to number its events
-        anew. The broker may then not recognize a copy of one that was sent before, and the order may change.
+        Why not go on with the next event?
+        - What made this one fail would most likely make the next one fail too.
+        - After a failure the library gives the events in the queue new numbers. If it then sends one again that the
+          broker has already stored, with the old number, it is there twice. The order may change too.
         """
         self.stop(exit_status=1)
         write_log(line, self)
@@ -201,7 +202,7 @@ def flush_all(producer, run):
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
         except Exception as error:  # A fatal error, or one raised in on_delivery(). The others still get their reports.
-            run.fail(f"{NAME}: {reason(error)}")
+            run.note_failure(f"{NAME}: {reason(error)}")
 
 
 # End of the lesson. ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """TLS, passwords and rights, on a broker that asks for them; all that a client needs is in its --config file."""
 
 import re
+import subprocess
+import sys
 import time
 import uuid
 
@@ -19,7 +21,18 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from conftest import EXTERNAL, create_topic, last_error, new_cluster, numbered, produce, read_topic, wait_until
+from conftest import (
+    EXTERNAL,
+    LOOK_FIRST,
+    ROOT,
+    create_topic,
+    last_error,
+    new_cluster,
+    numbered,
+    produce,
+    read_topic,
+    wait_until,
+)
 from cryptography.hazmat.primitives import serialization
 
 pytestmark = pytest.mark.skipif(bool(EXTERNAL), reason="another cluster is given")
@@ -267,6 +280,29 @@ def test_no_right_to(scripts, cluster, files, topic, name, user, options, expect
     assert_failed(script, seconds_until_end(script), expected.format(topic=topic))
     assert "Produced message" not in script.stdout
     assert "number" not in script.stdout
+
+
+def test_a_fatal_error_that_produce_meets_first(scripts, cluster, files, topic):
+    """It says only that there is one; the reason is told all the same. In a copy that does not poll before it."""
+    create_topic(cluster, topic)
+    path = write(scripts.folder / "client.properties", login(files, "reader"))
+    line = "            poll_until(due, producer, run)  # Step 4 for earlier events.\n"
+    code = (ROOT / "kafka_producer.py").read_text()
+    assert code.count(line) == 1
+    mine = scripts.folder / "mine.py"
+    mine.write_text(code.replace(line, "            time.sleep(2)\n"))
+    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic, "-F", path]
+    done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()
+    assert re.fullmatch(rf"mine\.py: can't write to topic {topic}: .*Cluster authorization failed", error)
+    assert hint == LOOK_FIRST
+    assert done.stdout.splitlines()[-1] == f"Delivered 0 events to topic {topic}, 1 failed."
+    log = scripts.log.read_text().splitlines()
+    assert [line.split(" ", 2)[2].partition(". Value: {")[0] for line in log] == [
+        error,
+        f"Failed to deliver to topic {topic}: Unable to produce message: Local: Fatal error",
+    ]
 
 
 def test_a_commit_that_fails(scripts, cluster, files, topic, group):
