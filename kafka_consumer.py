@@ -24,7 +24,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # partitions of a topic: within the group each partition, and so each event, goes to one of them. Every group gets all
 # events, independently of other groups.
 # A committed offset says where in a partition the group goes on after a restart, or when another consumer takes over.
-# Kafka keeps it, for a week after the last consumer of the group has left.
+# Kafka keeps it, for a week after the last consumer of the group has left. After that the group begins as a new one.
 # A rebalance redistributes the partitions when a consumer joins the group or leaves it.
 
 # What happens to an event, for example the one at offset 6:
@@ -41,7 +41,7 @@ SETTINGS = {
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin at the oldest.
     # Who does step 3? By default (True) the library, in poll(), so before step 2. Then it may commit the 7 while we
-    # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2. At worst 6 comes twice.
+    # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2, so 6 would come again.
     "enable.auto.offset.store": False,
     "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
@@ -49,19 +49,18 @@ SETTINGS = {
 
 def main():
     args = parse_arguments()
-    run = Run(args)  # Our callbacks, and run.stopped: true after Ctrl-C, or with --exit when all is read.
+    run = Run(args)  # Knows whether to stop: after Ctrl-C, or with --exit when all is read.
+    trouble = Trouble()  # Tells when the connection is bad.
     settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
-    if args.from_offset is not None:
-        settings["enable.auto.commit"] = False  # No step 4: we only look, and change nothing for the group.
-    if args.exit:
-        settings["enable.partition.eof"] = True  # poll() then also tells when a partition is read to its end.
+    settings["enable.auto.commit"] = args.from_offset is None  # With it no step 4: we look, and change nothing.
+    settings["enable.partition.eof"] = args.exit  # With it poll() also tells when a partition is read to its end.
     try:
         consumer = Consumer(
             settings,
             # What the library calls while we are in poll() or close():
-            error_cb=run.on_connection_error,  # When a connection has failed.
+            error_cb=trouble.on_connection_error,  # When a connection has failed.
             on_commit=run.on_commit,  # After each commit, also if it has failed.
-            logger=run,  # An object, not a function: the library calls its method log() for each line that it logs.
+            logger=trouble,  # An object, not a function: its method log() gets each line that the library logs.
         )
     except Exception as error:  # The library refuses a setting.
         fail(error, status=2)
@@ -71,16 +70,17 @@ def main():
     processed = 0
     try:
         if args.from_offset is None:
-            # The usual way: asks to join the group. A broker then distributes the partitions anew, even if we are alone
-            # (a rebalance): poll() calls on_assign(), and on_revoke() or on_lost() when partitions go.
+            # The usual way: we join the group, and Kafka decides which partitions we get. That can change when other
+            # consumers come or go (a rebalance). The library tells us in poll(): on_assign() when we get partitions,
+            # on_revoke() when we give them up, on_lost() when they were taken from us because we seemed dead.
             consumer.subscribe([args.topic], on_assign=run.on_assign, on_revoke=run.on_revoke, on_lost=run.on_lost)
         else:
-            assign_partitions(consumer, args.topic, args.from_offset)  # Takes all partitions, and joins no group.
+            assign_partitions(consumer, args.topic, args.from_offset)  # We take all partitions, and join no group.
         handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
         while processed < args.max_messages and not run.stopped:
-            message = consumer.poll(0.5)  # Step 1. Returns one of three things:
-            if message is None:  # Nothing, for half a second.
-                run.check_progress(consumer)  # Tells if we have no partitions. With --exit: is all read?
+            message = consumer.poll(0.5)  # Step 1. Returns one of three:
+            if message is None:  # Nothing has come for half a second.
+                run.progress.check(consumer)  # Tells if we have no partitions. With --exit: is all read?
             elif message.error():  # No event, but a problem or, only with --exit, the news of a partition's end.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
@@ -123,7 +123,10 @@ def text(data):
     return "null" if data is None else data.decode(errors="backslashreplace")
 
 
-# Errors that may pass by themselves. After most others waiting does not help; a new start may.
+# We hear of trouble in three ways:
+# - A broker can't be reached: error_cb, or the logger. The library connects again by itself; we only tell.
+# - poll() returns one of these errors. It may pass by itself, so we tell, and go on.
+# - poll() returns any other error, such as a missing right. Waiting does not help, so we end the program.
 PASSING_ERRORS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
     KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
@@ -135,36 +138,32 @@ class Run:
 
     def __init__(self, args):
         self.args = args
+        self.progress = Progress(self)  # For --exit: which partitions are read to their end.
         self.stopped = False
-        self.exit_status = 0
         self.commit_failed = False
-        self.at_end = set()  # With --exit, the TopicPartitions that are read to their end.
-        self.empty_polls = 0  # How often poll() had nothing since our partitions last changed; 20 take ten seconds.
-        self.silent_until = 0  # For no_connection().
+        self.exit_status = 0
 
     def handle_error(self, consumer, message):
         """poll() has returned something that is no event. Ends the program if waiting can't help."""
         error = message.error()
         if error.code() == KafkaError._PARTITION_EOF:  # Not a problem: the end of a partition. Only with --exit.
-            self.at_end.add(TopicPartition(message.topic(), message.partition()))
-            self.empty_polls = 0
-            self.check_end(set(consumer.assignment()))
+            self.progress.reached_end(consumer, message)
         elif error.code() in PASSING_ERRORS:
             tell(error.str())
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    # The next four only tell what the library does, and keep the books for --exit. The library needs none of them.
+    # The library calls the next four in poll() and close(). It does its work without them: they only tell about it.
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
-        self.forget_progress(partitions)
+        self.progress.forget(partitions)
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
         tell_partitions("Gave up partitions", partitions)
-        self.forget_progress(partitions)
+        self.progress.forget(partitions)
 
     def on_lost(self, consumer, partitions):
         """Called instead of on_revoke() when Kafka took the partitions without asking, because we seemed to be dead.
@@ -176,47 +175,70 @@ class Run:
         Others may be reading these partitions already, so it is too late to commit.
         """
         tell("Lost the partitions. Events since the last commit may come again.")
-        self.forget_progress(partitions)
+        self.progress.forget(partitions)
 
     def on_commit(self, error, partitions):
-        """Offsets were committed, or could not be. Then the next commit may make up for it."""
+        """Called after each commit. If one fails, the next may make up for it. If it was the last, we exit with 1."""
         if error and not self.commit_failed:  # Told once, until a commit succeeds.
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
         self.commit_failed = error is not None
-
-    # End of the lesson. -----------------------------------------------------------------------------------------------
 
     def on_signal(self, number, frame):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.stopped = True
-        # Without these two options there is no other end, so the status is 0.
+        # Without these two options there is no other end, so the status stays 0.
         if self.args.exit or self.args.max_messages < sys.maxsize:
             self.exit_status = 128 + number
 
-    def forget_progress(self, partitions):
+
+# End of the lesson. ---------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Knows which partitions are read to their end, for --exit, and tells if we wait for something but events."""
+
+    def __init__(self, run):
+        self.run = run
+        self.at_end = set()  # TopicPartitions. Two are equal if topic and partition are.
+        self.empty_polls = 0  # How often poll() had nothing since anything changed here; 20 take ten seconds.
+
+    def forget(self, partitions):
         """These partitions came or went. If they come again, we may have to read events of them once more."""
         self.at_end -= set(partitions)
         self.empty_polls = 0
 
-    def check_end(self, ours):
+    def reached_end(self, consumer, message):
+        """A partition is read to its end."""
+        self.at_end.add(TopicPartition(message.topic(), message.partition()))
+        self.empty_polls = 0
+        self.stop_if_done(set(consumer.assignment()))
+
+    def stop_if_done(self, ours):
         """Stops if all of our partitions, a set of TopicPartitions, are read to their end. Only with --exit any is."""
         if ours and ours <= self.at_end:
-            self.stopped = True
+            self.run.stopped = True
 
-    def check_progress(self, consumer):
-        """poll() had nothing for half a second. Tells if we wait for something other than events."""
-        ours = set(consumer.assignment())  # TopicPartitions are equal if topic and partition are.
-        self.check_end(ours)
+    def check(self, consumer):
+        """poll() had nothing for half a second. Tells if we wait for something but events."""
+        ours = set(consumer.assignment())
+        self.stop_if_done(ours)
         self.empty_polls += 1
         if not ours and self.empty_polls == 20:
             tell("Waiting for partitions. Other members of the group may have them all, or there is no topic yet.")
             tell("If a member was killed, Kafka waits up to 45 seconds for it.")
-        if not ours and self.empty_polls == 120 and self.args.exit:
+        if not ours and self.empty_polls == 120 and self.run.args.exit:
             fail("no partitions for 60 seconds; other members of the group may have them all")
-        if self.args.exit and self.empty_polls % 20 == 0:  # The library waits for a leader without a word.
+        if self.run.args.exit and self.empty_polls % 20 == 0:  # The library waits for a leader without a word.
             unread = ours - self.at_end
             tell_partitions("Waiting for the end of these partitions, which are slow or have no leader", unread)
+
+
+class Trouble:
+    """Tells when the connection is bad, and what the library logs."""
+
+    def __init__(self):
+        self.silent_until = 0
 
     def on_connection_error(self, error):
         hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT

@@ -33,8 +33,12 @@ from faker import Factory
 #    - Failed: the broker has refused the event; or no confirmation has come in two minutes, and nobody knows whether
 #      the event is stored.
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
-# Without poll() the queue fills up. So we call it before each produce(), and wait in it, not in sleep(): poll_until().
-# At the end flush() does the same until the queue is empty.
+# Without poll() the queue fills up. So the core of this program is:
+#     for event in events:
+#         producer.poll(0)                                      # Step 4 for earlier events.
+#         producer.produce(topic, value=..., on_delivery=...)   # Step 1.
+#     producer.flush()                                          # Step 4, until the queue is empty.
+# The rest is about the right time for an event, a queue that is full, Ctrl-C and errors.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
