@@ -242,13 +242,13 @@ class Trouble:
 
     def on_connection_error(self, error):
         hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
-        self.no_connection(error.str() + hint)
+        self.no_connection(f"Can't connect: {error.str()}{hint}")
 
-    def no_connection(self, why):
+    def no_connection(self, line):
         """Tells every ten seconds that a connection has failed. The library tries again all the time."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            tell(f"Can't connect: {why}")
+            tell(line)
 
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
@@ -260,8 +260,10 @@ class Trouble:
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             tell(template % (facility, client, entry))
-        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
-            self.no_connection(line + HINT)
+        elif facility == "REQTMOUT":
+            self.no_connection(f"No answer: {line}")
+        elif facility == "FAIL" and (level == logging.WARNING or "in state APIVERSION" in line):
+            self.no_connection(f"Can't connect: {line}{HINT}")
         elif facility == "CONFWARN" and "will be ignored" in line:
             return
         elif facility in ("BROKER", "OFFSET", "SESSTMOUT", "CONFWARN"):

@@ -4,6 +4,7 @@ Read down to the line "End of the lesson". Below it are error messages and the o
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -35,10 +36,10 @@ from faker import Factory
 # 4. We call poll(). For each report that is ready it calls on_delivery(), and removes the event from the queue.
 # Without poll() the queue fills up. So the core of this program is:
 #     for event in events:
-#         producer.poll(0)                                      # Step 4 for earlier events.
 #         producer.produce(topic, value=..., on_delivery=...)   # Step 1.
+#         producer.poll(0)                                      # Step 4 for earlier events.
 #     producer.flush()                                          # Step 4, until the queue is empty.
-# The rest is about the right time for an event, a queue that is full, Ctrl-C and errors.
+# The rest is about waiting for the next event, a queue that is full, Ctrl-C and errors.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -77,24 +78,22 @@ def main():
     signal.signal(signal.SIGTERM, run.on_signal)
     write("Kafka Producer has been initiated...", sys.stdout, run)
 
-    events = registrations(args.seed)
     made = 0
-    start = time.monotonic()
     try:
-        while made < args.count:  # --count 0 has become infinite.
-            due = start + made * args.interval  # When it is time for this event.
-            poll_until(due, producer, run)  # Step 4 for earlier events.
+        for event in registrations(args):
+            if event is None:  # There is none yet.
+                poll_reports(producer, 0.01, run)  # Step 4. Waits for 10 ms at most.
+            else:
+                key = str(event["user_id"])
+                value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
+                producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
+                made += 1
+                poll_reports(producer, 0, run)  # Step 4 for earlier events, without waiting.
             if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
-            event = next(events, None)  # Or None, if there are no more.
-            if event is None:
-                break
-            key = str(event["user_id"])
-            value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
-            made += 1  # Before produce(), so that an event that it refuses is counted too.
-            producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
     except (KafkaException, BufferError) as error:  # produce() refuses this event, as too large for example.
-        poll_until(due, producer, run)  # If the library refuses all events, this tells why.
+        made += 1
+        poll_reports(producer, 0, run)  # If the library refuses all events, this tells why.
         run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
     finally:  # However the loop has ended, also if registrations() has raised an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
@@ -106,29 +105,21 @@ def main():
     sys.exit(run.exit_status)
 
 
-def poll_until(due, producer, run):
-    """Step 4, until it is time for the next event and the queue has room for it; or until a failure or Ctrl-C.
+def registrations(args):
+    """Yields events, each a dict, and None while there is none yet.
 
-    due: a time on the clock of time.monotonic(). len(producer): how many events are in the queue.
-    """
-    try:
-        producer.poll(0)  # Without waiting.
-        while not run.stopped and (time.monotonic() < due or len(producer) >= MAX_UNCONFIRMED):
-            producer.poll(0.01)  # Waits for 10 ms at most; then we look again.
-    except KafkaException as error:  # A fatal error: the library sends nothing more. A missing right, for example.
-        run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
-
-
-def registrations(seed):
-    """Yields events without end, each a dict. seed: with the same number it makes the same people each time.
-
-    For data of your own replace this function; it may also end. If they have no user_id, replace the line "key = ..."
-    in main() too. (Events without a key, key=None, go to random partitions.) Each time the program starts, this begins
-    anew. While it waits for data, no reports are passed on, and Ctrl-C has to wait too, so it should never wait long.
+    For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). Events
+    without a key (key=None) go to random partitions.
+    While this waits, no reports are passed on, and Ctrl-C has to wait too. So if your data come from something that may
+    be silent, such as a socket, wait for it no longer than a tenth of a second, and then yield None.
     """
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
-    fake.seed_instance(seed)
-    while True:
+    fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
+    start = time.monotonic()
+    numbers = itertools.count() if args.count == 0 else range(args.count)
+    for number in numbers:
+        while time.monotonic() < start + number * args.interval:  # It is too early for this one.
+            yield None
         yield {
             "user_id": fake.random_int(20000, 100000),
             "user_name": fake.name(),
@@ -136,6 +127,16 @@ def registrations(seed):
             "platform": fake.random_element(("Mobile", "Laptop", "Tablet")),
             "signup_at": str(fake.date_time_this_month()),
         }
+
+
+def poll_reports(producer, seconds, run):
+    """Step 4: waits so many seconds at most, and longer if the queue is full."""
+    try:
+        producer.poll(seconds)
+        while len(producer) >= MAX_UNCONFIRMED and not run.stopped:  # len(producer): how many events are in the queue.
+            producer.poll(0.01)
+    except KafkaException as error:  # A fatal error: the library sends nothing more. A missing right, for example.
+        run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
 
 
 class Run:
@@ -147,8 +148,8 @@ class Run:
         self.delivered = 0  # How many events the brokers have confirmed.
         self.has_failed = False
         self.stopped = False
+        self.interrupted = False
         self.exit_status = 0
-        self.give_up_at = math.inf  # On the clock of time.monotonic(). Ctrl-C sets it.
 
     def on_delivery(self, error, message):
         """Called in poll() and flush() with the delivery report of an event: where it is stored, or why it failed."""
@@ -191,8 +192,8 @@ class Run:
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.interrupted = True
         self.stop(exit_status=128 + number)
-        self.give_up_at = time.monotonic() + 5
 
 
 def flush_all(producer, run):
@@ -200,8 +201,9 @@ def flush_all(producer, run):
 
     It ends, since after two minutes (delivery.timeout.ms) each event has a report, be it one of failure.
     """
+    start = time.monotonic()
     while len(producer) > 0:  # As long as events are in the queue.
-        if time.monotonic() > run.give_up_at:  # Only after Ctrl-C.
+        if run.interrupted and time.monotonic() > start + 5:
             producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
@@ -242,13 +244,13 @@ class Trouble:
 
     def on_connection_error(self, error):
         hint = "" if error.code() == KafkaError._AUTHENTICATION else HINT
-        self.no_connection(error.str() + hint)
+        self.no_connection(f"Can't connect: {error.str()}{hint}")
 
-    def no_connection(self, why):
+    def no_connection(self, line):
         """Tells every ten seconds that a connection has failed. The library tries again all the time."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
-            write(f"Can't connect: {why}", sys.stderr, self.run)
+            write(line, sys.stderr, self.run)
 
     def log(self, level, template, facility, client, entry):
         """The library logs something, as if to a logging.Logger. Most of it is also reported elsewhere.
@@ -259,8 +261,10 @@ class Trouble:
         line = entry.split("]: ", 1)[-1]  # Without the name of the thread.
         if level == logging.DEBUG:  # With debug=... in a --config file.
             write(template % (facility, client, entry), sys.stderr, self.run)
-        elif facility in ("FAIL", "REQTMOUT") and (level == logging.WARNING or "in state APIVERSION" in line):
-            self.no_connection(line + HINT)
+        elif facility == "REQTMOUT":
+            self.no_connection(f"No answer: {line}")
+        elif facility == "FAIL" and (level == logging.WARNING or "in state APIVERSION" in line):
+            self.no_connection(f"Can't connect: {line}{HINT}")
         elif facility == "BROKER" or (facility == "CONFWARN" and "will be ignored" not in line):
             write(line, sys.stderr, self.run)
 
@@ -354,7 +358,6 @@ def parse_arguments():
         parser.error("--bootstrap-servers may not be empty")
     if args.count < 0 or not 0 <= args.interval < math.inf:
         parser.error(f"neither --count {args.count} nor --interval {args.interval} may be negative or infinite")
-    args.count = args.count or math.inf
     for key in FIXED & args.config.keys():
         parser.error(f"--config can't change {key}")
     if args.bootstrap_servers:

@@ -40,23 +40,26 @@ from faker import Faker
 kafka_producer.Factory.create = lambda use_weighting: Faker("en_US")
 """
 MAKE_EVENTS = """
-import itertools, sys
+import sys
+from argparse import Namespace
 import kafka_producer
 {faker}
-for event in itertools.islice(kafka_producer.registrations(None), int(sys.argv[1])):
+for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
     pass
 """
 MAKE_AND_ENCODE = """
-import itertools, json, sys
+import json, sys
+from argparse import Namespace
 import kafka_producer
 
-for event in itertools.islice(kafka_producer.registrations(None), int(sys.argv[1])):
+for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
     str(event["user_id"]).encode()
     json.dumps(event).encode()
 """
 # The tutorial's loop without its poll(1): Faker as everybody sets it, each event logged and printed, and waited for.
 FLUSH_EACH = f"""
-import itertools, json, logging, sys
+import json, logging, sys
+from argparse import Namespace
 from confluent_kafka import Producer
 import kafka_producer
 {DEFAULT_FAKER}
@@ -70,7 +73,7 @@ logging.basicConfig(format="%(asctime)s %(message)s", filename="flush_each.log")
 logger = logging.getLogger()
 logger.setLevel(logging.INFO)
 producer = Producer({{"bootstrap.servers": sys.argv[2]}})
-for event in itertools.islice(kafka_producer.registrations(None), int(sys.argv[1])):
+for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
     producer.produce(sys.argv[3], json.dumps(event).encode(), callback=receipt)
     producer.flush()
 """

@@ -1,6 +1,7 @@
 """Consumers die and lose their broker: everything is printed, and twice only what a killed one printed."""
 
 import re
+import signal
 import time
 
 import pytest
@@ -157,3 +158,17 @@ def test_one_of_two_consumers_killed(scripts, cluster, topic, group, moments):
     twice = len(victim.lines) + len(other.lines) - len(values)
     print(f"{twice} of {len(values)} events printed twice")
     assert len(other.lines) == len(set(other.lines))
+
+
+def test_ctrl_c_while_kafka_waits_for_a_killed_member(scripts, cluster, topic, group):
+    """Kafka does not answer who leaves then. That is no bad connection."""
+    create_topic(cluster, topic)
+    killed = scripts.consumer("-t", topic, "-G", group)
+    killed.wait_for_stderr("Got partitions: 0")
+    assert killed.end(signal.SIGKILL) == -signal.SIGKILL
+    consumer = scripts.consumer("-t", topic, "-G", group)
+    consumer.wait_for_stderr("Waiting for partitions.", limit=20)
+    assert consumer.end() == 0
+    print(consumer.stderr)
+    assert "Can't connect" not in consumer.stderr
+    assert "Is Kafka running" not in consumer.stderr

@@ -3,10 +3,11 @@
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from conftest import numbered, produce, read_topic
+from conftest import LIMIT, ROOT, numbered, produce, read_topic
 from faults import random_moments
 
 TIMES = [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
@@ -36,6 +37,24 @@ def test_ctrl_c_of_the_producer(scripts, cluster, topic, times):
     said = {int(found[2]): found[1] for found in map(place.fullmatch, delivered)}
     assert len(said) == len(delivered) > 0
     assert said == {record.offset: record.value.decode() for record in read_topic(cluster, topic)}
+
+
+def test_ctrl_c_while_an_event_is_being_made(scripts, cluster, topic):
+    """In a copy that takes longer for it than the five seconds for the reports: it is delivered all the same."""
+    line = "        yield {\n"
+    code = (ROOT / "kafka_producer.py").read_text()
+    assert code.count(line) == 1
+    mine = scripts.folder / "mine.py"
+    mine.write_text(code.replace(line, f"        print('making', flush=True)\n        time.sleep(6)\n{line}"))
+    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic]
+    with subprocess.Popen(command, cwd=scripts.folder, stdout=subprocess.PIPE, text=True) as producer:
+        assert producer.stdout.readline() == "Kafka Producer has been initiated...\n"
+        assert producer.stdout.readline() == "making\n"
+        producer.send_signal(signal.SIGINT)
+        output, _ = producer.communicate(timeout=LIMIT)
+    assert producer.returncode == 130
+    assert output.splitlines()[-1] == f"Delivered 1 events to topic {topic}, 0 failed."
+    assert len(read_topic(cluster, topic)) == 1
 
 
 @pytest.mark.parametrize("times", TIMES)

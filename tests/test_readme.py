@@ -194,7 +194,7 @@ def test_make_the_producer_yours(scripts, cluster, topic):
     code = make_it_yours("registrations", ["csv"])
     assert code.count(old) == 1
     (scripts.folder / "mine.py").write_text(code.replace(old, f"            {new}\n"))
-    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-c", "0", "-i", "0", "-q"]
+    options = ["-b", cluster.bootstrap_servers, "-t", topic, "-q"]
     shown = subprocess.check_output([sys.executable, "mine.py", *options], cwd=scripts.folder, text=True, timeout=LIMIT)
     assert shown.splitlines()[-1] == f"Delivered 100 events to topic {topic}, 0 failed."
     stored = [(record.key.decode(), json.loads(record.value)) for record in read_topic(cluster, topic)]
@@ -215,8 +215,8 @@ def test_make_the_consumer_yours(scripts, cluster, topic, group):
     (scripts.folder / "mine.py").write_text(make_it_yours("process", ["json", "sqlite3"]))
     command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
-    skipped = [f"Skipped partition 0, offset {10 + number}." for number in range(len(BAD))]
-    assert re.findall("^Skipped .*", done.stderr, re.MULTILINE) == skipped
+    skipped = re.findall("^Skipped partition 0, offset ([0-9]+): .", done.stderr, re.MULTILINE)
+    assert skipped == [str(10 + number) for number in range(len(BAD))]
     database = sqlite3.connect(scripts.folder / "users.db")
     users = dict(database.execute("SELECT id, name FROM users").fetchall())
     database.close()

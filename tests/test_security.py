@@ -283,14 +283,14 @@ def test_no_right_to(scripts, cluster, files, topic, name, user, options, expect
 
 
 def test_a_fatal_error_that_produce_meets_first(scripts, cluster, files, topic):
-    """It says only that there is one; the reason is told all the same. In a copy that does not poll before it."""
+    """It says only that there is one; the reason is told all the same. In a copy that waits before it."""
     create_topic(cluster, topic)
     path = write(scripts.folder / "client.properties", login(files, "reader"))
-    line = "            poll_until(due, producer, run)  # Step 4 for earlier events.\n"
+    line = "            if event is None:  # There is none yet.\n"
     code = (ROOT / "kafka_producer.py").read_text()
     assert code.count(line) == 1
     mine = scripts.folder / "mine.py"
-    mine.write_text(code.replace(line, "            time.sleep(2)\n"))
+    mine.write_text(code.replace(line, f"            time.sleep(2)\n{line}"))
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic, "-F", path]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 1
