@@ -189,11 +189,17 @@ def test_make_the_producer_yours(scripts, cluster, topic):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    old, new = '            key = str(event["user_id"])\n', 'key = event["customer"]'
+    indent, new = " " * 16, 'key = event["customer"]'
+    old = f'{indent}key = str(event["user_id"])\n'
     assert f"`{new}`" in README
     code = make_it_yours("registrations", ["csv"])
     assert code.count(old) == 1
-    (scripts.folder / "mine.py").write_text(code.replace(old, f"            {new}\n"))
+    code = code.replace(old, f"{indent}{new}\n")
+    code, removed = re.subn(r'^    add\(.*"--(?:count|interval|seed)".*\n', "", code, flags=re.MULTILINE)
+    assert removed == 3
+    code, removed = re.subn(r"^    if args.count < 0 .*\n.*\n", "", code, flags=re.MULTILINE)
+    assert removed == 1
+    (scripts.folder / "mine.py").write_text(code)
     options = ["-b", cluster.bootstrap_servers, "-t", topic, "-q"]
     shown = subprocess.check_output([sys.executable, "mine.py", *options], cwd=scripts.folder, text=True, timeout=LIMIT)
     assert shown.splitlines()[-1] == f"Delivered 100 events to topic {topic}, 0 failed."
