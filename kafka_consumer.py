@@ -34,6 +34,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, even while process() runs. It does so too
 #    before a rebalance takes the partition away, and in close(). We never call commit() ourselves.
 # If the program is killed, what was processed since the last commit comes again: better twice than never.
+# So the core of this program is:
+#     consumer.subscribe([topic])
+#     while True:
+#         message = consumer.poll(0.5)         # Step 1.
+#         if message is not None and not message.error():
+#             process(message)                 # Step 2.
+#             consumer.store_offsets(message)  # Step 3. Step 4 happens by itself.
+# The rest is about errors, Ctrl-C and options.
 
 # Properties of librdkafka, the library inside confluent-kafka. A --config file can change most of them and add others.
 SETTINGS = {
@@ -43,7 +51,6 @@ SETTINGS = {
     # Who does step 3? By default (True) the library, in poll(), so before step 2. Then it may commit the 7 while we
     # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2, so 6 would come again.
     "enable.auto.offset.store": False,
-    "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
 
@@ -52,8 +59,8 @@ def main():
     run = Run(args)  # Knows whether to stop: after Ctrl-C, or with --exit when all is read.
     trouble = Trouble()  # Tells when the connection is bad.
     settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
-    settings["enable.auto.commit"] = args.from_offset is None  # With it no step 4: we look, and change nothing.
-    settings["enable.partition.eof"] = args.exit  # With it poll() also tells when a partition is read to its end.
+    settings["enable.auto.commit"] = args.from_offset is None  # --from-offset only looks: no step 4.
+    settings["enable.partition.eof"] = args.exit  # For --exit poll() has to tell when a partition is read to its end.
     try:
         consumer = Consumer(
             settings,
@@ -84,10 +91,14 @@ def main():
             elif message.error():  # No event, but a problem or, only with --exit, the news of a partition's end.
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
-                process(message, args.verbose)  # Step 2.
+                try:
+                    process(message, args.verbose)  # Step 2.
+                except Exception:  # Without step 3 the next run begins with this event.
+                    tell(f"Can't process the event at partition {message.partition()}, offset {message.offset()}.")
+                    raise
                 processed += 1
-                consumer.store_offsets(message)  # Step 3: its offset plus 1. (Never committed with --from-offset.)
-    finally:  # However the loop has ended. If process() has raised an exception, its event is not stored.
+                consumer.store_offsets(message)  # Step 3: its offset plus 1.
+    finally:  # However the loop has ended.
         handle_signals(signal.SIG_DFL)  # From here on Ctrl-C ends the program at once.
         tell(f"Processed {processed} events. Closing.")
         with ends_within(8):  # Without a broker close() may take minutes. Then the program ends after 8 seconds.
@@ -101,12 +112,14 @@ def process(message, verbose):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - Don't return before the event is safe, in a database for example: then it counts as done, and does not come again.
+    - To return means: this event is done. So don't return before your result is safe, in a database for example.
       print() is not enough, since it may keep the event in a buffer; see write_out().
+    - To raise an exception means: not done. The program ends, and the next run begins with this event. That is right if
+      a database is away.
+    - To catch an exception and return means: skip this event, for good. That is right for a bad event, on which every
+      run would end otherwise.
     - An event may come twice. Its topic, partition and offset are then the same, so they are a unique id. But if the
       producer has sent it twice, for example after a restart, they differ, and only an id in the event itself helps.
-    - If this raises an exception, the program ends, and the next run begins with the same event. That is right if a
-      database is away. But catch what a bad event can cause, or every run will end there.
     - Ctrl-C has to wait until this returns. If it takes more than five minutes (max.poll.interval.ms), another consumer
       gets our partitions.
     """
@@ -153,7 +166,8 @@ class Run:
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    # The library calls the next four in poll() and close(). It does its work without them: they only tell about it.
+    # The library calls the next four in poll() and close(). It assigns, revokes and commits by itself; they only print
+    # what happens, and note it for --exit and for the exit status.
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
@@ -187,7 +201,7 @@ class Run:
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         handle_signals(signal.SIG_DFL)
         self.stopped = True
-        # Without these two options there is no other end, so the status stays 0.
+        # Without these two options Ctrl-C is the usual end, so the status stays 0.
         if self.args.exit or self.args.max_messages < sys.maxsize:
             self.exit_status = 128 + number
 

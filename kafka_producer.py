@@ -82,19 +82,19 @@ def main():
     try:
         for event in registrations(args):
             if event is None:  # There is none yet.
-                poll_reports(producer, 0.01, run)  # Step 4. Waits for 10 ms at most.
+                poll_reports(producer, 0.01, run)  # Step 4. Waits for a report, for 10 ms at most.
             else:
                 key = str(event["user_id"])
                 value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
-                producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
                 made += 1
-                poll_reports(producer, 0, run)  # Step 4 for earlier events, without waiting.
+                try:
+                    producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
+                except (KafkaException, BufferError) as error:  # Too large, for example. No report will come.
+                    poll_reports(producer, 0, run)  # If the library refuses all events, this tells why.
+                    run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
+                poll_reports(producer, 0, run)  # Step 4 for earlier events. Waits only if the queue is full.
             if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
-    except (KafkaException, BufferError) as error:  # produce() refuses this event, as too large for example.
-        made += 1
-        poll_reports(producer, 0, run)  # If the library refuses all events, this tells why.
-        run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
     finally:  # However the loop has ended, also if registrations() has raised an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
@@ -130,12 +130,12 @@ def registrations(args):
 
 
 def poll_reports(producer, seconds, run):
-    """Step 4: waits so many seconds at most, and longer if the queue is full."""
+    """Step 4. Waits for reports, for so many seconds at most; and then, if the queue is full, until it has room."""
     try:
         producer.poll(seconds)
         while len(producer) >= MAX_UNCONFIRMED and not run.stopped:  # len(producer): how many events are in the queue.
             producer.poll(0.01)
-    except KafkaException as error:  # A fatal error: the library sends nothing more. A missing right, for example.
+    except KafkaException as error:  # A fatal error, such as a missing permission: the library sends nothing more.
         run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
 
 
@@ -169,12 +169,13 @@ class Run:
             self.note_failure(f"Failed to deliver to topic {topic}: {error.str()}. Value: {value}")
 
     def note_failure(self, line):
-        """Ends the loop in main(). Those events that are in the queue are still sent.
+        """Ends the loop in main(), so that no new event is made. What is in the queue is still sent, if possible.
 
         Why not go on with the next event?
         - What made this one fail would most likely make the next one fail too.
-        - After a failure the library gives the events in the queue new numbers. If it then sends one again that the
-          broker has already stored, with the old number, it is there twice. The order may change too.
+        - enable.idempotence no longer protects us. Say one event fails while another waits for its answer. The library
+          now gives the other one a new number. If the broker has stored it under the old number, it takes the next copy
+          for a new event. For what is in the queue we can't prevent that; so we put nothing more into it.
         """
         self.stop(exit_status=1)
         write_log(line, self)
@@ -197,9 +198,9 @@ class Run:
 
 
 def flush_all(producer, run):
-    """Does what producer.flush() does, but for five seconds at most after Ctrl-C.
+    """Waits until each event has its report, as producer.flush() does; but after Ctrl-C for five seconds at most.
 
-    It ends, since after two minutes (delivery.timeout.ms) each event has a report, be it one of failure.
+    Without Ctrl-C for two minutes at most: then what is not confirmed is reported as failed (delivery.timeout.ms).
     """
     start = time.monotonic()
     while len(producer) > 0:  # As long as events are in the queue.

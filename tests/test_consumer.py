@@ -26,6 +26,7 @@ def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled,
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 1
+    assert "Can't process the event at partition 0, offset 5.\n" in done.stderr
     assert done.stderr.endswith("AssertionError\n")
     assert numbers(done.stdout.splitlines()) == [0, 1, 2, 3, 4]
     again = scripts.consumer("-t", filled, "-G", group, "--exit")

@@ -208,26 +208,25 @@ def test_make_the_producer_yours(scripts, cluster, topic):
 
 
 BAD = [None, b"", b"\xff", b"[]", b"{}", b"[" * 100_000, rb'{"user_id": 1, "user_name": "\ud800"}']
-BAD += [b'{"user_id": %b, "user_name": "A"}' % wrong for wrong in (b'"x"', b"[1]", b"1e30", b"Infinity", b"NaN")]
 
 
 def test_make_the_consumer_yours(scripts, cluster, topic, group):
-    """Each event of the producer is in the database once, though it comes twice, and bad ones are skipped."""
+    """Each event of the producer is in the database once, though it is processed twice, and bad ones are skipped."""
     assert scripts.producer("-t", topic, "-i", 0, "--seed", 1).wait() == 0
     produce(cluster, topic, BAD)
     assert scripts.producer("-t", topic, "-i", 0, "--seed", 1).wait() == 0
     records = read_topic(cluster, topic)
-    events = [json.loads(record.value) for record in (*records[:10], *records[-10:])]
+    names = {record.offset: json.loads(record.value)["user_name"] for record in (*records[:10], *records[-10:])}
     (scripts.folder / "mine.py").write_text(make_it_yours("process", ["json", "sqlite3"]))
     command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
+    subprocess.run([*command, "--from-offset", "beginning"], cwd=scripts.folder, timeout=LIMIT, check=True)
     skipped = re.findall("^Skipped partition 0, offset ([0-9]+): .", done.stderr, re.MULTILINE)
     assert skipped == [str(10 + number) for number in range(len(BAD))]
-    database = sqlite3.connect(scripts.folder / "users.db")
-    users = dict(database.execute("SELECT id, name FROM users").fetchall())
+    database = sqlite3.connect(scripts.folder / "names.db")
+    rows = database.execute("SELECT partition, offset, name FROM names ORDER BY offset").fetchall()
     database.close()
-    assert users == {event["user_id"]: event["user_name"] for event in events}
-    assert len(users) == 10
+    assert rows == [(0, offset, name) for offset, name in names.items()]
 
 
 def test_every_block_is_one_of_these():
