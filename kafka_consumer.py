@@ -92,7 +92,7 @@ def main():
                 run.handle_error(consumer, message)  # Ends the program if waiting can't help.
             else:  # An event.
                 try:
-                    process(message, args.verbose)  # Step 2.
+                    process(message, run)  # Step 2.
                 except Exception:  # Without step 3 the next run begins with this event.
                     tell(f"Can't process the event at partition {message.partition()}, offset {message.offset()}.")
                     raise
@@ -106,7 +106,7 @@ def main():
     sys.exit(1 if run.commit_failed else run.exit_status)
 
 
-def process(message, verbose):
+def process(message, run):
     """Prints one event as a line.
 
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
@@ -120,11 +120,13 @@ def process(message, verbose):
       run would end otherwise.
     - An event may come twice. Its topic, partition and offset are then the same, so they are a unique id. But if the
       producer has sent it twice, for example after a restart, they differ, and only an id in the event itself helps.
-    - Ctrl-C has to wait until this returns. If it takes more than five minutes (max.poll.interval.ms), another consumer
-      gets our partitions.
+    - Ctrl-C only sets run.stopped. If this tries something again and again, look there, and end the program with
+      sys.exit(run.exit_status). That, too, means: not done.
+    - If this takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions, and processes
+      the same events at the same time.
     """
     line = text(message.value())
-    if verbose:
+    if run.args.verbose:
         _, timestamp = message.timestamp()  # In milliseconds since 1970, UTC.
         place = f"partition={message.partition()} offset={message.offset()} timestamp={timestamp}"
         line = f"{place} key={text(message.key())} {line}"
@@ -173,6 +175,7 @@ class Run:
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
         self.progress.forget(partitions)
+        self.commit_failed = False  # What could not be committed comes again now, to us or to others.
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""

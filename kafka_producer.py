@@ -110,8 +110,8 @@ def registrations(args):
 
     For data of your own replace this function, and if they have no user_id, also the line "key = ..." in main(). Events
     without a key (key=None) go to random partitions.
-    While this waits, no reports are passed on, and Ctrl-C has to wait too. So if your data come from something that may
-    be silent, such as a socket, wait for it no longer than a tenth of a second, and then yield None.
+    While this waits, no reports are passed on, and Ctrl-C has to wait too. So wait for data no longer than a tenth of a
+    second, and then yield None. README.md shows how.
     """
     fake = Factory.create(use_weighting=False)  # Four times as fast as Faker().
     fake.seed_instance(args.seed)  # With --seed it makes the same people each time.
@@ -179,9 +179,9 @@ class Run:
         """
         self.stop(exit_status=1)
         write_log(line, self)
-        if not self.has_failed:  # On the terminal the first failure is enough.
+        if not self.has_failed:  # On the terminal the first failure is enough, and of its value the beginning.
             self.has_failed = True
-            write(line, sys.stderr, self)
+            write(line[:1_000], sys.stderr, self)
 
     def stop(self, exit_status):
         """Ends the loop in main(). exit_status: 1 is a failure, and counts more than that of Ctrl-C."""

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -173,8 +174,11 @@ def test_every_step(tmp_path, whole):
 
 
 def make_it_yours(name, imports):
-    """Returns a script in which the function of README's example takes the place of the one of this name."""
-    (example,) = (block for block in blocks("python") if f"def {name}(" in block)
+    """Returns a script in which README's example takes the place of the function of this name.
+
+    imports: the modules that the example needs, by which it is found too.
+    """
+    (example,) = (block for block in blocks("python") if f"def {name}(" in block and f"{imports[0]}." in block)
     script = {"registrations": "kafka_producer.py", "process": "kafka_consumer.py"}[name]
     code = (ROOT / script).read_text()
     before, _, after = re.split(rf"^(def {name}\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
@@ -189,7 +193,7 @@ def test_make_the_producer_yours(scripts, cluster, topic):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    indent, new = " " * 16, 'key = event["customer"]'
+    indent, new = " " * 16, 'key = str(event["customer"])'
     old = f'{indent}key = str(event["user_id"])\n'
     assert f"`{new}`" in README
     code = make_it_yours("registrations", ["csv"])
@@ -205,6 +209,34 @@ def test_make_the_producer_yours(scripts, cluster, topic):
     assert shown.splitlines()[-1] == f"Delivered 100 events to topic {topic}, 0 failed."
     stored = [(record.key.decode(), json.loads(record.value)) for record in read_topic(cluster, topic)]
     assert stored == [(row["customer"], row) for row in rows]
+
+
+def test_make_the_producer_wait_for_lines(scripts, cluster, topic):
+    """Each is sent soon after it has come, though no other comes, and at the end of the input the program ends."""
+    values = [b'{"user_id": %d}' % number for number in range(3_000)]
+    code = make_it_yours("registrations", ["queue", "threading"])
+    (scripts.folder / "mine.py").write_text(code)
+    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic]
+    with subprocess.Popen(command, cwd=scripts.folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as producer:
+        for part in (values[:2], values[2:]):
+            producer.stdin.write(b"".join(value + b"\n" for value in part))
+            producer.stdin.flush()
+            last = f"{part[-1].decode()}, partition"
+            wait_until(lambda it=last: scripts.log.exists() and it in scripts.log.read_text(), "the last report")
+        producer.stdin.close()
+        assert producer.wait(LIMIT) == 0
+    assert [record.value for record in read_topic(cluster, topic)] == values
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_producer_waits_for_lines(scripts, cluster, topic, signum):
+    (scripts.folder / "mine.py").write_text(make_it_yours("registrations", ["queue", "threading"]))
+    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic]
+    with subprocess.Popen(command, cwd=scripts.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as producer:
+        assert producer.stdout.readline() == b"Kafka Producer has been initiated...\n"
+        producer.send_signal(signum)
+        assert producer.stdout.read().decode() == f"Delivered 0 events to topic {topic}, 0 failed.\n"
+        assert producer.wait(LIMIT) == 128 + signum
 
 
 BAD = [None, b"", b"\xff", b"[]", b"{}", b"[" * 100_000, rb'{"user_id": 1, "user_name": "\ud800"}']
