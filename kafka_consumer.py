@@ -51,6 +51,7 @@ SETTINGS = {
     # Who does step 3? By default (True) the library, in poll(), so before step 2. Then it may commit the 7 while we
     # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2, so 6 would come again.
     "enable.auto.offset.store": False,
+    "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
 
 
@@ -59,8 +60,10 @@ def main():
     run = Run(args)  # Knows whether to stop: after Ctrl-C, or with --exit when all is read.
     trouble = Trouble()  # Tells when the connection is bad.
     settings = SETTINGS | MORE_SETTINGS | args.config  # Of two values for one setting the later one wins.
-    settings["enable.auto.commit"] = args.from_offset is None  # --from-offset only looks: no step 4.
-    settings["enable.partition.eof"] = args.exit  # For --exit poll() has to tell when a partition is read to its end.
+    if args.from_offset is not None:
+        settings["enable.auto.commit"] = False  # No step 4: we only look, and change nothing for the group.
+    if args.exit:
+        settings["enable.partition.eof"] = True  # poll() then also tells when a partition is read to its end.
     try:
         consumer = Consumer(
             settings,
@@ -85,7 +88,7 @@ def main():
             assign_partitions(consumer, args.topic, args.from_offset)  # We take all partitions, and join no group.
         handle_signals(run.on_signal)  # From here on Ctrl-C and SIGTERM only set run.stopped.
         while processed < args.max_messages and not run.stopped:
-            message = consumer.poll(0.5)  # Step 1. Returns one of three:
+            message = consumer.poll(0.5)  # Step 1. Returns as soon as there is something: one of these three.
             if message is None:  # Nothing has come for half a second.
                 run.progress.check(consumer)  # Tells if we have no partitions. With --exit: is all read?
             elif message.error():  # No event, but a problem or, only with --exit, the news of a partition's end.
@@ -93,7 +96,7 @@ def main():
             else:  # An event.
                 try:
                     process(message, run)  # Step 2.
-                except Exception:  # Without step 3 the next run begins with this event.
+                except Exception:  # Step 3 is left out, so close() commits what came before; this event comes again.
                     tell(f"Can't process the event at partition {message.partition()}, offset {message.offset()}.")
                     raise
                 processed += 1
@@ -112,18 +115,22 @@ def process(message, run):
     For your own use replace this function. message.value() is bytes, or None for an event without a value. With
     import json, json.loads(message.value()) gives the dict that was sent.
 
-    - To return means: this event is done. So don't return before your result is safe, in a database for example.
+    How it ends decides what becomes of the event:
+    - It returns: done, the event does not come again. So first make your result safe, in a database for example.
       print() is not enough, since it may keep the event in a buffer; see write_out().
-    - To raise an exception means: not done. The program ends, and the next run begins with this event. That is right if
-      a database is away.
-    - To catch an exception and return means: skip this event, for good. That is right for a bad event, on which every
-      run would end otherwise.
-    - An event may come twice. Its topic, partition and offset are then the same, so they are a unique id. But if the
-      producer has sent it twice, for example after a restart, they differ, and only an id in the event itself helps.
-    - Ctrl-C only sets run.stopped. If this tries something again and again, look there, and end the program with
-      sys.exit(run.exit_status). That, too, means: not done.
-    - If this takes more than five minutes (max.poll.interval.ms), another consumer gets our partitions, and processes
-      the same events at the same time.
+    - It raises an exception: not done. The program ends, and the next run begins with this event. That is right if a
+      database is away.
+    - It catches the exception and returns: skipped for good. That is right for a bad event, on which every run would
+      end otherwise.
+
+    Be ready for an event that comes twice:
+    - After a crash it has the same topic, partition and offset as before; these three are its unique id, until the
+      topic is deleted and made again.
+    - If the producer has sent it twice, they differ. Then only an id in the event itself helps.
+
+    Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and the same events. And
+    Ctrl-C only sets run.stopped: if you try something again and again, look there, and end by
+    sys.exit(run.exit_status), which means: not done.
     """
     line = text(message.value())
     if run.args.verbose:
@@ -141,7 +148,7 @@ def text(data):
 # We hear of trouble in three ways:
 # - A broker can't be reached: error_cb, or the logger. The library connects again by itself; we only tell.
 # - poll() returns one of these errors. It may pass by itself, so we tell, and go on.
-# - poll() returns any other error, such as a missing right. Waiting does not help, so we end the program.
+# - poll() returns any other error, such as a missing permission. Waiting seldom helps, so we end the program.
 PASSING_ERRORS = {
     KafkaError.UNKNOWN_TOPIC_OR_PART,  # The topic does not exist yet.
     KafkaError._MAX_POLL_EXCEEDED,  # process() took longer than five minutes. The library joins the group again.
@@ -168,14 +175,14 @@ class Run:
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    # The library calls the next four in poll() and close(). It assigns, revokes and commits by itself; they only print
-    # what happens, and note it for --exit and for the exit status.
+    # The library calls on_assign() to on_commit() in poll() and close(), so never while process() runs. It assigns,
+    # revokes and commits by itself; they only print what happens, and note it for --exit and for the exit status.
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
         self.progress.forget(partitions)
-        self.commit_failed = False  # What could not be committed comes again now, to us or to others.
+        self.commit_failed = False  # If a commit failed before, its events are read again now, and committed then.
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""
@@ -195,7 +202,7 @@ class Run:
         self.progress.forget(partitions)
 
     def on_commit(self, error, partitions):
-        """Called after each commit. If one fails, the next may make up for it. If it was the last, we exit with 1."""
+        """Called after each commit. If one fails, the next makes up for it. If the last one fails, we exit with 1."""
         if error and not self.commit_failed:  # Told once, until a commit succeeds.
             tell(f"Can't commit offsets, so these events may come again: {error.str()}")
         self.commit_failed = error is not None
@@ -262,7 +269,7 @@ class Trouble:
         self.no_connection(f"Can't connect: {error.str()}{hint}")
 
     def no_connection(self, line):
-        """Tells every ten seconds that a connection has failed. The library tries again all the time."""
+        """Tells, at most every ten seconds, that a connection has failed. The library tries again all the time."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             tell(line)
@@ -343,6 +350,7 @@ def wait_for_kafka(consumer, run):
     topic = run.args.topic
     must_exist = run.args.exit or run.args.from_offset is not None  # Otherwise we wait until somebody makes it.
     for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
+        begun = time.monotonic()
         message = consumer.poll(0)  # Calls error_cb if there was an error.
         if message is not None:
             run.handle_error(consumer, message)
@@ -356,6 +364,7 @@ def wait_for_kafka(consumer, run):
                     return
                 time.sleep(1)
             fail(f"can't read topic {topic}: {error.str()}")
+        time.sleep(max(0, begun + seconds - time.monotonic()))  # A try may also fail at once.
     fail("no answer from Kafka for 30 seconds")
 
 

@@ -90,9 +90,10 @@ def main():
                 try:
                     producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
                 except (KafkaException, BufferError) as error:  # Too large, for example. No report will come.
-                    poll_reports(producer, 0, run)  # If the library refuses all events, this tells why.
+                    poll_reports(producer, 0, run)  # If the library refuses all events, only poll() knows why.
                     run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
-                poll_reports(producer, 0, run)  # Step 4 for earlier events. Waits only if the queue is full.
+                poll_reports(producer, 0, run)  # Step 4 for earlier events, without waiting.
+                wait_for_room(producer, run)
             if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
     finally:  # However the loop has ended, also if registrations() has raised an exception.
@@ -119,7 +120,7 @@ def registrations(args):
     numbers = itertools.count() if args.count == 0 else range(args.count)
     for number in numbers:
         while time.monotonic() < start + number * args.interval:  # It is too early for this one.
-            yield None
+            yield None  # main() polls for 10 ms, and asks again.
         yield {
             "user_id": fake.random_int(20000, 100000),
             "user_name": fake.name(),
@@ -130,13 +131,17 @@ def registrations(args):
 
 
 def poll_reports(producer, seconds, run):
-    """Step 4. Waits for reports, for so many seconds at most; and then, if the queue is full, until it has room."""
+    """Step 4. If there is no report yet, waits for one, for so many seconds at most."""
     try:
         producer.poll(seconds)
-        while len(producer) >= MAX_UNCONFIRMED and not run.stopped:  # len(producer): how many events are in the queue.
-            producer.poll(0.01)
     except KafkaException as error:  # A fatal error, such as a missing permission: the library sends nothing more.
         run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
+
+
+def wait_for_room(producer, run):
+    """Repeats step 4 while the queue is full."""
+    while len(producer) >= MAX_UNCONFIRMED and not run.stopped:  # len(producer): how many events are in the queue.
+        poll_reports(producer, 0.01, run)
 
 
 class Run:
@@ -171,11 +176,12 @@ class Run:
     def note_failure(self, line):
         """Ends the loop in main(), so that no new event is made. What is in the queue is still sent, if possible.
 
-        Why not go on with the next event?
-        - What made this one fail would most likely make the next one fail too.
-        - enable.idempotence no longer protects us. Say one event fails while another waits for its answer. The library
-          now gives the other one a new number. If the broker has stored it under the old number, it takes the next copy
-          for a new event. For what is in the queue we can't prevent that; so we put nothing more into it.
+        Why not go on? What made this event fail would most likely make the next one fail too. And an event may be
+        stored twice now, in spite of enable.idempotence. Say A and B are in the queue:
+        1. The broker stores B, but its answer is lost.
+        2. A fails. The library then numbers the events in its queue anew, so B gets another number.
+        3. It sends B again. The broker does not know this number, and stores B a second time.
+        For A and B that is better than to lose one. But we put no more events into the queue.
         """
         self.stop(exit_status=1)
         write_log(line, self)
@@ -225,9 +231,14 @@ MORE_SETTINGS = {
     # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
     "max.in.flight.requests.per.connection": 1,
 }
-# What --config can't change. With the first one on_delivery() would not hear of what is delivered; the others have to
+# What --config can't change. With the first one on_delivery() would not hear of what is delivered; the last two have to
 # have room for MAX_UNCONFIRMED events.
-FIXED = {"delivery.report.only.error", "queue.buffering.max.messages", "queue.buffering.max.kbytes"}
+FIXED = {
+    "delivery.report.only.error",
+    "statistics.interval.ms",
+    "queue.buffering.max.messages",
+    "queue.buffering.max.kbytes",
+}
 NAME = os.path.basename(sys.argv[0])  # Errors begin with it.
 HINT = (
     "\nIs Kafka running (docker compose up -d --wait)? "
@@ -248,7 +259,7 @@ class Trouble:
         self.no_connection(f"Can't connect: {error.str()}{hint}")
 
     def no_connection(self, line):
-        """Tells every ten seconds that a connection has failed. The library tries again all the time."""
+        """Tells, at most every ten seconds, that a connection has failed. The library tries again all the time."""
         if time.monotonic() > self.silent_until:
             self.silent_until = time.monotonic() + 10
             write(line, sys.stderr, self.run)
@@ -271,7 +282,10 @@ class Trouble:
 
     def on_statistics(self, text):
         """Tells if events waited last time, wait now, and none was confirmed in between."""
-        unconfirmed = json.loads(text)["msg_cnt"]
+        statistics = json.loads(text)
+        if time.time() > statistics["time"] + 2:  # They are old: not the broker was slow, but we did not poll.
+            return
+        unconfirmed = statistics["msg_cnt"]
         if unconfirmed and self.stuck_at == self.run.delivered:
             why = "perhaps no broker answers, or too few replicas are up to date"
             write(f"Waiting for the delivery reports of {unconfirmed} events: {why}.", sys.stderr, self.run)
@@ -308,6 +322,7 @@ def reason(error):
 def find_topic(producer, topic):
     """Returns when the topic is there; many clusters create it on request. Otherwise ends the program."""
     for seconds in (1, 2, 4, 8, 15):  # Some clusters need more time. The first tries are short, to tell errors soon.
+        begun = time.monotonic()
         try:
             producer.poll(0)  # Calls error_cb if there was an error.
             for _ in range(10):  # The topic may be about to be created.
@@ -319,6 +334,7 @@ def find_topic(producer, topic):
         except KafkaException as error:
             if error.args[0].fatal():  # For example, the right to be an idempotent producer is missing.
                 sys.exit(f"{NAME}: can't write to topic {topic}: {reason(error)}")
+        time.sleep(max(0, begun + seconds - time.monotonic()))  # A try may also fail at once.
     sys.exit(f"{NAME}: no answer from Kafka for 30 seconds")
 
 

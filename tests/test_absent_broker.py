@@ -3,8 +3,12 @@
 import contextlib
 import re
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from confluent_kafka import KafkaException
@@ -14,6 +18,7 @@ from conftest import (
     committed,
     consumer_with,
     create_topic,
+    last_error,
     numbered,
     numbers,
     press_again,
@@ -191,3 +196,43 @@ def test_an_address_that_cannot_be_reached_from_here(scripts, cluster, topic, ho
     finally:
         advertise(advertised)
         cluster.wait_until_ready()
+
+
+class Refuses(socketserver.StreamRequestHandler):
+    """Passes on which requests the broker knows (ApiVersions, 18), and hangs up at any other.
+
+    https://kafka.apache.org/protocol: four bytes with the size of a request or response; then two with its kind.
+    """
+
+    def handle(self):
+        with socket.create_connection(self.server.broker) as connection, connection.makefile("rb") as responses:
+            while (request := message_from(self.rfile))[4:6] == b"\x00\x12":
+                connection.sendall(request)
+                self.wfile.write(message_from(responses))
+
+
+def message_from(stream):
+    size = stream.read(4)
+    return size + stream.read(int.from_bytes(size, "big"))
+
+
+def test_a_broker_that_hangs_up(scripts, cluster):
+    """The library gives up each try at once then, but the scripts do so after thirty seconds, as they say."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refuses) as server:
+        host, _, port = cluster.bootstrap_servers.partition(":")
+        server.broker = (host, int(port))
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            address = f"localhost:{server.server_address[1]}"
+            pair = scripts.producer(servers=address), scripts.consumer(servers=address)
+            for script in pair:
+                script.wait_for_library()
+            begin = time.monotonic()
+            for script in pair:
+                assert script.wait(35) == 1
+                assert time.monotonic() - begin > 25
+                assert last_error(script) == f"kafka_{script.name}.py: no answer from Kafka for 30 seconds"
+                assert "Can't connect: " in script.stderr
+        finally:
+            server.shutdown()

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 
 import pytest
 from conftest import (
@@ -107,6 +108,17 @@ def test_producer_with_stdout_full(scripts, cluster, topic):
     stored = topic_values(cluster, topic)
     assert len(stored) <= 1
     assert logged_values(scripts, topic) == stored
+
+
+def test_producer_whose_reader_pauses(scripts, topic):
+    """That is no sign of a broker that does not answer, though the library's statistics then come all at once."""
+    producer = scripts.producer("-t", topic, "-c", 3_000, "-i", 0, stdout=subprocess.PIPE)
+    with producer.process.stdout as stdout:
+        assert stdout.readline() == b"Kafka Producer has been initiated...\n"
+        time.sleep(17)  # Three times the statistics.
+        assert stdout.read().splitlines()[-1].decode() == f"Delivered 3000 events to topic {topic}, 0 failed."
+    assert producer.wait() == 0
+    assert producer.stderr == ""
 
 
 def test_producer_whose_reader_goes_away(scripts, cluster, topic):

@@ -256,9 +256,9 @@ def test_make_the_consumer_yours(scripts, cluster, topic, group):
     skipped = re.findall("^Skipped partition 0, offset ([0-9]+): .", done.stderr, re.MULTILINE)
     assert skipped == [str(10 + number) for number in range(len(BAD))]
     database = sqlite3.connect(scripts.folder / "names.db")
-    rows = database.execute("SELECT partition, offset, name FROM names ORDER BY offset").fetchall()
+    rows = database.execute("SELECT * FROM names ORDER BY offset").fetchall()
     database.close()
-    assert rows == [(0, offset, name) for offset, name in names.items()]
+    assert rows == [(topic, 0, offset, name) for offset, name in names.items()]
 
 
 def test_every_block_is_one_of_these():
