@@ -128,9 +128,12 @@ def process(message, run):
       topic is deleted and made again.
     - If the producer has sent it twice, they differ. Then only an id in the event itself helps.
 
-    Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and the same events. And
-    Ctrl-C only sets run.stopped: if you try something again and again, look there, and end by
-    sys.exit(run.exit_status), which means: not done.
+    Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and these events too.
+    If you try something again when it fails, let Ctrl-C through, which only sets run.stopped:
+        while not saved(message):
+            if run.stopped:
+                sys.exit(run.exit_status)  # Without step 3: this event comes again.
+            time.sleep(1)
     """
     line = text(message.value())
     if run.args.verbose:
@@ -175,8 +178,8 @@ class Run:
         else:
             fail(f"can't read topic {self.args.topic}: {error.str()}")
 
-    # The library calls on_assign() to on_commit() in poll() and close(), so never while process() runs. It assigns,
-    # revokes and commits by itself; they only print what happens, and note it for --exit and for the exit status.
+    # The next four methods only tell what has happened: the library itself assigns, revokes and commits. Its thread
+    # may commit while process() runs; but it calls these methods only while we are in poll() or close().
 
     def on_assign(self, consumer, partitions):
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""

@@ -90,7 +90,7 @@ def main():
                 try:
                     producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
                 except (KafkaException, BufferError) as error:  # Too large, for example. No report will come.
-                    poll_reports(producer, 0, run)  # If the library refuses all events, only poll() knows why.
+                    poll_reports(producer, 0, run)  # After a fatal error produce() refuses all; poll() knows why.
                     run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
                 poll_reports(producer, 0, run)  # Step 4 for earlier events, without waiting.
                 wait_for_room(producer, run)
@@ -162,7 +162,6 @@ class Run:
         value = (message.value() or b"").decode(errors="backslashreplace")  # None in an event without a value.
         if error is None:
             self.delivered += 1
-            # The offset may be None if this confirms a copy, which the broker has dropped (enable.idempotence).
             place = f"partition {message.partition()}, offset {message.offset()}"
             line = f"Produced message on topic {topic} with value of {value}, {place}"
             write_log(line, self)
@@ -176,31 +175,25 @@ class Run:
     def note_failure(self, line):
         """Ends the loop in main(), so that no new event is made. What is in the queue is still sent, if possible.
 
-        Why not go on? What made this event fail would most likely make the next one fail too. And an event may be
-        stored twice now, in spite of enable.idempotence. Say A and B are in the queue:
-        1. The broker stores B, but its answer is lost.
-        2. A fails. The library then numbers the events in its queue anew, so B gets another number.
-        3. It sends B again. The broker does not know this number, and stores B a second time.
-        For A and B that is better than to lose one. But we put no more events into the queue.
+        Why not go on? What made this event fail would most likely make the next one fail too. And after a failure the
+        library gives new numbers to the events in its queue. If the broker has stored one of them already, it can't
+        recognize the copy, and stores it twice. By making no new events we limit this to those that are in the queue.
         """
-        self.stop(exit_status=1)
-        write_log(line, self)
-        if not self.has_failed:  # On the terminal the first failure is enough, and of its value the beginning.
-            self.has_failed = True
-            write(line[:1_000], sys.stderr, self)
-
-    def stop(self, exit_status):
-        """Ends the loop in main(). exit_status: 1 is a failure, and counts more than that of Ctrl-C."""
         self.stopped = True
-        if self.exit_status != 1:
-            self.exit_status = exit_status
+        self.exit_status = 1
+        write_log(line, self)
+        if not self.has_failed:  # On the terminal the first failure is enough.
+            self.has_failed = True
+            write(line, sys.stderr, self)
 
     def on_signal(self, number, frame):
         """Called on Ctrl-C and SIGTERM. A second one ends the program at once."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.stopped = True
         self.interrupted = True
-        self.stop(exit_status=128 + number)
+        if self.exit_status == 0:  # Not if there was a failure.
+            self.exit_status = 128 + number
 
 
 def flush_all(producer, run):
@@ -303,7 +296,8 @@ def write(line, file, run):
         print(line, file=file, flush=True)
     except OSError as error:
         silence(file)  # Python has kept the line, and would fail with it again.
-        run.stop(exit_status=1)
+        run.stopped = True
+        run.exit_status = 1
         name = "standard output" if file is sys.stdout else file.name
         write(f"{NAME}: can't write to {name}: {error.strerror}", sys.stderr, run)
 
