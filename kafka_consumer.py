@@ -185,7 +185,7 @@ class Run:
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
         self.progress.forget(partitions)
-        self.commit_failed = False  # If a commit failed before, its events are read again now, and committed then.
+        self.commit_failed = False  # If a commit had failed, its events come again, or are committed with the next one.
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""

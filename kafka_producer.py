@@ -82,7 +82,7 @@ def main():
     try:
         for event in registrations(args):
             if event is None:  # There is none yet.
-                poll_reports(producer, 0.01, run)  # Step 4. Waits for a report, for 10 ms at most.
+                producer.poll(0.01)  # Step 4. Waits for a report, for 10 ms at most.
             else:
                 key = str(event["user_id"])
                 value = json.dumps(event)  # Text, which produce() encodes in UTF-8.
@@ -90,12 +90,14 @@ def main():
                 try:
                     producer.produce(args.topic, key=key, value=value, on_delivery=run.on_delivery)  # Step 1.
                 except (KafkaException, BufferError) as error:  # Too large, for example. No report will come.
-                    poll_reports(producer, 0, run)  # After a fatal error produce() refuses all; poll() knows why.
                     run.note_failure(f"Failed to deliver to topic {args.topic}: {reason(error)}. Value: {value}")
-                poll_reports(producer, 0, run)  # Step 4 for earlier events, without waiting.
+                producer.poll(0)  # Step 4 for earlier events, without waiting.
                 wait_for_room(producer, run)
             if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
+    except KafkaException as error:  # From poll(): a fatal error, such as a missing permission. Nothing more is sent.
+        run.has_failed = False  # Tell it in any case. If produce() has met it first, it has not said why.
+        run.note_failure(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
     finally:  # However the loop has ended, also if registrations() has raised an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
@@ -130,18 +132,10 @@ def registrations(args):
         }
 
 
-def poll_reports(producer, seconds, run):
-    """Step 4. If there is no report yet, waits for one, for so many seconds at most."""
-    try:
-        producer.poll(seconds)
-    except KafkaException as error:  # A fatal error, such as a missing permission: the library sends nothing more.
-        run.note_failure(f"{NAME}: can't write to topic {run.args.topic}: {reason(error)}")
-
-
 def wait_for_room(producer, run):
-    """Repeats step 4 while the queue is full."""
-    while len(producer) >= MAX_UNCONFIRMED and not run.stopped:  # len(producer): how many events are in the queue.
-        poll_reports(producer, 0.01, run)
+    """Repeats step 4 while the queue is full. len(producer): how many events are in it."""
+    while len(producer) >= MAX_UNCONFIRMED and not run.stopped:
+        producer.poll(0.01)
 
 
 class Run:
@@ -153,7 +147,7 @@ class Run:
         self.delivered = 0  # How many events the brokers have confirmed.
         self.has_failed = False
         self.stopped = False
-        self.interrupted = False
+        self.interrupted_at = math.inf  # On the clock of time.monotonic(). Ctrl-C sets it.
         self.exit_status = 0
 
     def on_delivery(self, error, message):
@@ -191,7 +185,7 @@ class Run:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.stopped = True
-        self.interrupted = True
+        self.interrupted_at = time.monotonic()
         if self.exit_status == 0:  # Not if there was a failure.
             self.exit_status = 128 + number
 
@@ -203,7 +197,7 @@ def flush_all(producer, run):
     """
     start = time.monotonic()
     while len(producer) > 0:  # As long as events are in the queue.
-        if run.interrupted and time.monotonic() > start + 5:
+        if time.monotonic() > max(start, run.interrupted_at) + 5:  # Never without Ctrl-C.
             producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
