@@ -129,10 +129,10 @@ def process(message, run):
     - If the producer has sent it twice, they differ. Then only an id in the event itself helps.
 
     Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and these events too.
-    If you try something again when it fails, let Ctrl-C through, which only sets run.stopped:
-        while not saved(message):
+    If you try again when something of yours, here save(), has failed, let Ctrl-C through, which only sets run.stopped:
+        while not save(message):
             if run.stopped:
-                sys.exit(run.exit_status)  # Without step 3: this event comes again.
+                sys.exit(run.exit_status)  # The program ends without step 3: this event comes again.
             time.sleep(1)
     """
     line = text(message.value())
@@ -185,7 +185,7 @@ class Run:
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
         self.progress.forget(partitions)
-        self.commit_failed = False  # If a commit had failed, its events come again, or are committed with the next one.
+        self.commit_failed = False  # If a commit had failed: whoever has its partitions now gets those events again.
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""

@@ -96,8 +96,7 @@ def main():
             if run.stopped:  # By Ctrl-C, or by the first failure.
                 break
     except KafkaException as error:  # From poll(): a fatal error, such as a missing permission. Nothing more is sent.
-        run.has_failed = False  # Tell it in any case. If produce() has met it first, it has not said why.
-        run.note_failure(f"{NAME}: can't write to topic {args.topic}: {reason(error)}")
+        run.note_failure(f"{NAME}: can't write to topic {args.topic}: {reason(error)}", always_print=True)
     finally:  # However the loop has ended, also if registrations() has raised an exception.
         flush_all(producer, run)  # Events that still have no report could be lost if we ended now.
         failed = made - run.delivered
@@ -166,7 +165,7 @@ class Run:
             # there twice. Look into the topic first.
             self.note_failure(f"Failed to deliver to topic {topic}: {error.str()}. Value: {value}")
 
-    def note_failure(self, line):
+    def note_failure(self, line, always_print=False):
         """Ends the loop in main(), so that no new event is made. What is in the queue is still sent, if possible.
 
         Why not go on? What made this event fail would most likely make the next one fail too. And after a failure the
@@ -176,7 +175,7 @@ class Run:
         self.stopped = True
         self.exit_status = 1
         write_log(line, self)
-        if not self.has_failed:  # On the terminal the first failure is enough.
+        if always_print or not self.has_failed:  # On the terminal the first failure of an event is enough.
             self.has_failed = True
             write(line, sys.stderr, self)
 
