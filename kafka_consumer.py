@@ -48,8 +48,10 @@ SETTINGS = {
     "bootstrap.servers": "localhost:9092",  # The brokers to ask first; they name the rest.
     "group.id": "python-consumer",  # The name of our group: consumers with the same name share the partitions.
     "auto.offset.reset": "earliest",  # Without a committed offset, or if its event is deleted, begin at the oldest.
-    # Who does step 3? By default (True) the library, in poll(), so before step 2. Then it may commit the 7 while we
-    # still process 6; and if we are killed then, 6 is lost. With False we do it, after step 2, so 6 would come again.
+    # Who does step 3, and when?
+    # True, the default: the library, in poll(), so before we process. It may commit the 7 while we still process 6. If
+    #     we are killed then, the next run begins at 7, and 6 is lost.
+    # False: we do it, after process(). If we are killed in process(), the next run begins at 6. Nothing is lost.
     "enable.auto.offset.store": False,
     "enable.auto.commit": True,  # Who does step 4? The library.
 }  # MORE_SETTINGS, below the lesson, are for networks and for speed.
@@ -129,11 +131,6 @@ def process(message, run):
     - If the producer has sent it twice, they differ. Then only an id in the event itself helps.
 
     Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and these events too.
-    If you try again when something of yours, here save(), has failed, let Ctrl-C through, which only sets run.stopped:
-        while not save(message):
-            if run.stopped:
-                sys.exit(run.exit_status)  # The program ends without step 3: this event comes again.
-            time.sleep(1)
     """
     line = text(message.value())
     if run.args.verbose:

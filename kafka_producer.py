@@ -50,11 +50,14 @@ SETTINGS = {
     # If an event is stored, and only its confirmation is lost, the library sends it again. With True it numbers its
     # events, so that the broker recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
+    # How many requests may wait for an answer of the same broker. A request carries many events. With more than one,
+    # events may fail, or be stored twice all the same, when the leader changes (librdkafka issue 4953).
+    "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # The two minutes.
     "partitioner": "murmur2_random",  # Finds the partition for a key, as Java programs do; without a key takes any.
-}  # MORE_SETTINGS, below the lesson, are for networks, and against two bugs of the library.
-# When this many events are in the queue, we wait. If we are killed, they may be lost. (The library's own limit is far
-# higher, 100,000 events or 1 GB; beyond it produce() raises BufferError.)
+}  # MORE_SETTINGS, below the lesson, are for networks, and for brokers that have just started.
+# When this many events are in the queue, we wait. If we are killed, they may be lost. If the brokers are far away, a
+# higher number is faster. (The library's own limit is 100,000 events or 1 GB; beyond it produce() raises BufferError.)
 MAX_UNCONFIRMED = 1_000
 
 
@@ -146,7 +149,7 @@ class Run:
         self.delivered = 0  # How many events the brokers have confirmed.
         self.has_failed = False
         self.stopped = False
-        self.interrupted_at = math.inf  # On the clock of time.monotonic(). Ctrl-C sets it.
+        self.interrupted = False
         self.exit_status = 0
 
     def on_delivery(self, error, message):
@@ -184,20 +187,23 @@ class Run:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.stopped = True
-        self.interrupted_at = time.monotonic()
+        self.interrupted = True
         if self.exit_status == 0:  # Not if there was a failure.
             self.exit_status = 128 + number
 
 
 def flush_all(producer, run):
-    """Waits until each event has its report, as producer.flush() does; but after Ctrl-C for five seconds at most.
+    """Waits until each event has its report, as producer.flush() does.
 
-    Without Ctrl-C for two minutes at most: then what is not confirmed is reported as failed (delivery.timeout.ms).
+    Usually that is soon. Without a broker it takes two minutes at most (delivery.timeout.ms): then the library reports
+    what is left as failed. After Ctrl-C we give up after five seconds.
     """
-    start = time.monotonic()
+    give_up_at = None
     while len(producer) > 0:  # As long as events are in the queue.
-        if time.monotonic() > max(start, run.interrupted_at) + 5:  # Never without Ctrl-C.
-            producer.purge()  # Gives up: each event left gets a report of failure, though it may be stored.
+        if run.interrupted and give_up_at is None:  # By Ctrl-C, before or just now.
+            give_up_at = time.monotonic() + 5
+        if give_up_at is not None and time.monotonic() > give_up_at:
+            producer.purge()  # Empties the queue: each event gets a report of failure, though it may be stored.
         try:
             producer.flush(0.1)  # Step 4, for 100 ms.
         except Exception as error:  # A fatal error, or one raised in on_delivery(). The others still get their reports.
@@ -213,9 +219,6 @@ MORE_SETTINGS = {
     # A broker that has just started may deny that a topic exists (librdkafka issue 4401). For 33 minutes this makes the
     # library ignore that; later, such an answer ends us, and a new start helps. From 36 minutes on, it would overflow.
     "topic.metadata.propagation.max.ms": 2_000_000,
-    # How many requests may wait for an answer. With more, events may fail, or be stored twice, when the leader changes
-    # (librdkafka issue 4953). A request carries many events, so one is nearly always fast enough.
-    "max.in.flight.requests.per.connection": 1,
 }
 # What --config can't change. With the first one on_delivery() would not hear of what is delivered; the last two have to
 # have room for MAX_UNCONFIRMED events.

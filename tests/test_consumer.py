@@ -34,21 +34,6 @@ def test_an_event_that_cannot_be_processed_comes_again(scripts, cluster, filled,
     assert numbers(again.lines) == [5, 6, 7, 8, 9]
 
 
-def test_ctrl_c_while_process_tries_again(scripts, cluster, filled, group):
-    """As its docstring says: the event is not done, and those before it are."""
-    lines = ["while message.offset() == 5:", "    print('trying', flush=True)", "    time.sleep(0.1)"]
-    lines += ["    if run.stopped:", "        sys.exit(run.exit_status)"]
-    mine = consumer_with(scripts.folder, "".join(f"    {line}\n" for line in lines))
-    command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]
-    with subprocess.Popen(command, cwd=scripts.folder, stdout=subprocess.PIPE) as consumer:
-        assert numbers([consumer.stdout.readline() for _ in range(5)]) == [0, 1, 2, 3, 4]
-        assert consumer.stdout.readline() == b"trying\n"
-        consumer.send_signal(signal.SIGINT)
-        assert set(consumer.stdout) <= {b"trying\n"}
-        assert consumer.wait(LIMIT) == 130
-    assert committed(cluster, filled, group) == 5
-
-
 def test_events_that_process_skips(scripts, cluster, filled, group):
     mine = consumer_with(scripts.folder, "    if message.offset() < 5 or message.offset() == 9:\n        return\n")
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXTERNAL, LIMIT, ROOT, produce, read_topic, wait_until
+from conftest import EXTERNAL, LIMIT, ROOT, committed, produce, read_topic, wait_until
 from local_cluster import KAFKA_VERSIONS, class_path, free_port
 
 README = (ROOT / "README.md").read_text()
@@ -173,12 +173,12 @@ def test_every_step(tmp_path, whole):
             subprocess.run(command, check=True, timeout=90)
 
 
-def make_it_yours(name, imports):
-    """Returns a script in which README's example takes the place of the function of this name.
+def make_it_yours(name, word, *imports):
+    """Returns a script in which README's example with this word takes the place of the function of this name.
 
-    imports: the modules that the example needs, by which it is found too.
+    imports: the modules that the example needs.
     """
-    (example,) = (block for block in blocks("python") if f"def {name}(" in block and f"{imports[0]}." in block)
+    (example,) = (block for block in blocks("python") if f"def {name}(" in block and word in block)
     script = {"registrations": "kafka_producer.py", "process": "kafka_consumer.py"}[name]
     code = (ROOT / script).read_text()
     before, _, after = re.split(rf"^(def {name}\(.*\n(?:(?:    .*)?\n)+)", code, flags=re.MULTILINE)
@@ -196,7 +196,7 @@ def test_make_the_producer_yours(scripts, cluster, topic):
     indent, new = " " * 16, 'key = str(event["customer"])'
     old = f'{indent}key = str(event["user_id"])\n'
     assert f"`{new}`" in README
-    code = make_it_yours("registrations", ["csv"])
+    code = make_it_yours("registrations", "csv", "csv")
     assert code.count(old) == 1
     code = code.replace(old, f"{indent}{new}\n")
     code, removed = re.subn(r'^    add\(.*"--(?:count|interval|seed)".*\n', "", code, flags=re.MULTILINE)
@@ -214,7 +214,7 @@ def test_make_the_producer_yours(scripts, cluster, topic):
 def test_make_the_producer_wait_for_lines(scripts, cluster, topic):
     """Each is sent soon after it has come, though no other comes, and at the end of the input the program ends."""
     values = [b'{"user_id": %d}' % number for number in range(3_000)]
-    code = make_it_yours("registrations", ["queue", "threading"])
+    code = make_it_yours("registrations", "queue", "queue", "threading")
     (scripts.folder / "mine.py").write_text(code)
     command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic]
     with subprocess.Popen(command, cwd=scripts.folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as producer:
@@ -230,7 +230,7 @@ def test_make_the_producer_wait_for_lines(scripts, cluster, topic):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_the_producer_waits_for_lines(scripts, cluster, topic, signum):
-    (scripts.folder / "mine.py").write_text(make_it_yours("registrations", ["queue", "threading"]))
+    (scripts.folder / "mine.py").write_text(make_it_yours("registrations", "queue", "queue", "threading"))
     command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic]
     with subprocess.Popen(command, cwd=scripts.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as producer:
         assert producer.stdout.readline() == b"Kafka Producer has been initiated...\n"
@@ -249,7 +249,7 @@ def test_make_the_consumer_yours(scripts, cluster, topic, group):
     assert scripts.producer("-t", topic, "-i", 0, "--seed", 1).wait() == 0
     records = read_topic(cluster, topic)
     names = {record.offset: json.loads(record.value)["user_name"] for record in (*records[:10], *records[-10:])}
-    (scripts.folder / "mine.py").write_text(make_it_yours("process", ["json", "sqlite3"]))
+    (scripts.folder / "mine.py").write_text(make_it_yours("process", "sqlite3", "json", "sqlite3"))
     command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", topic, "-G", group, "--exit"]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=True)
     subprocess.run([*command, "--from-offset", "beginning"], cwd=scripts.folder, timeout=LIMIT, check=True)
@@ -259,6 +259,20 @@ def test_make_the_consumer_yours(scripts, cluster, topic, group):
     rows = database.execute("SELECT * FROM names ORDER BY offset").fetchall()
     database.close()
     assert rows == [(topic, 0, offset, name) for offset, name in names.items()]
+
+
+def test_ctrl_c_while_the_consumer_tries_again(scripts, cluster, filled, group):
+    """The event is not done, and those before it are."""
+    code = make_it_yours("process", "save(")
+    save = "def save(message):\n    print(message.offset(), flush=True)\n    return message.offset() < 5\n\n\n"
+    (scripts.folder / "mine.py").write_text(code.replace("def process(", f"{save}def process("))
+    command = [sys.executable, "mine.py", "-b", cluster.bootstrap_servers, "-t", filled, "-G", group, "--exit"]
+    with subprocess.Popen(command, cwd=scripts.folder, stdout=subprocess.PIPE) as consumer:
+        assert [consumer.stdout.readline() for _ in range(7)] == [b"%d\n" % number for number in (0, 1, 2, 3, 4, 5, 5)]
+        consumer.send_signal(signal.SIGINT)
+        assert set(consumer.stdout) <= {b"5\n"}
+        assert consumer.wait(LIMIT) == 130
+    assert committed(cluster, filled, group) == 5
 
 
 def test_every_block_is_one_of_these():
