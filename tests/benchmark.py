@@ -36,8 +36,9 @@ BIG = 300_000  # events in the topic that consumers read
 # The contenders that are Python: `python -c SOURCE COUNT ...`, in processes of their own as the scripts are.
 # In place of the producer's Faker this one is set as it is by default.
 DEFAULT_FAKER = """
+from types import SimpleNamespace
 from faker import Faker
-kafka_producer.Factory.create = lambda use_weighting: Faker("en_US")
+kafka_producer.Factory = SimpleNamespace(create=lambda use_weighting: Faker("en_US"))
 """
 MAKE_EVENTS = """
 import sys
