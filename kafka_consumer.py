@@ -31,8 +31,9 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 # 1. Poll: the library hands it to us. A thread of the library has fetched it ahead.
 # 2. Process: we do with it what we are here for. process() prints it.
 # 3. Store: we tell the library that the event is done. In its memory it notes 7, the offset to go on at.
-# 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, even while process() runs. It does so too
-#    before a rebalance takes the partition away, and in close(). We never call commit() ourselves.
+# 4. Commit: a thread of the library sends the 7 to Kafka every five seconds, even while process() runs, but never more
+#    than what is stored. It does so too before a rebalance takes the partition away, and in close(). We never call
+#    commit() ourselves.
 # If the program is killed, what was processed since the last commit comes again: better twice than never.
 # So the core of this program is:
 #     consumer.subscribe([topic])
@@ -128,7 +129,7 @@ def process(message, run):
     Be ready for an event that comes twice:
     - After a crash it has the same topic, partition and offset as before; these three are its unique id, until the
       topic is deleted and made again.
-    - If the producer has sent it twice, they differ. Then only an id in the event itself helps.
+    - If the producer has sent it twice, the offset differs. Then only an id in the event itself helps.
 
     Be quick: after five minutes (max.poll.interval.ms) another consumer gets our partitions, and these events too.
     """
@@ -182,7 +183,8 @@ class Run:
         """A rebalance gives us partitions, perhaps none. The library begins at their committed offsets."""
         tell_partitions("Got partitions", partitions)
         self.progress.forget(partitions)
-        self.commit_failed = False  # If a commit had failed: whoever has its partitions now gets those events again.
+        # If a commit has failed before: everybody begins at the last one that has succeeded, so nothing is left to do.
+        self.commit_failed = False
 
     def on_revoke(self, consumer, partitions):
         """A rebalance, or close(), takes partitions away. When this returns, the library commits: step 4."""

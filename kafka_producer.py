@@ -50,11 +50,11 @@ SETTINGS = {
     # If an event is stored, and only its confirmation is lost, the library sends it again. With True it numbers its
     # events, so that the broker recognizes the copy and drops it. (Idempotent: twice has the same effect as once.)
     "enable.idempotence": True,
-    # How many requests may wait for an answer of the same broker. A request carries many events. With more than one,
-    # events may fail, or be stored twice all the same, when the leader changes (librdkafka issue 4953).
+    # How many requests, each with many events, may be on the way to one broker at once. With more than one, events may
+    # fail or be stored twice when another broker takes a partition over: a bug of the library (librdkafka issue 4953).
     "max.in.flight.requests.per.connection": 1,
     "delivery.timeout.ms": 120_000,  # The two minutes.
-    "partitioner": "murmur2_random",  # Finds the partition for a key, as Java programs do; without a key takes any.
+    "partitioner": "murmur2_random",  # Java programs find the same partition for a key. Without a key it takes any.
 }  # MORE_SETTINGS, below the lesson, are for networks, and for brokers that have just started.
 # When this many events are in the queue, we wait. If we are killed, they may be lost. If the brokers are far away, a
 # higher number is faster. (The library's own limit is 100,000 events or 1 GB; beyond it produce() raises BufferError.)
@@ -193,7 +193,7 @@ class Run:
 
 
 def flush_all(producer, run):
-    """Waits until each event has its report, as producer.flush() does.
+    """Waits until each event has its report, as producer.flush() does, but looks for Ctrl-C every 100 ms.
 
     Usually that is soon. Without a broker it takes two minutes at most (delivery.timeout.ms): then the library reports
     what is left as failed. After Ctrl-C we give up after five seconds.

@@ -431,6 +431,9 @@ def main():
         commands.add_parser(command)
     for command in ("stop", "start"):
         commands.add_parser(command).add_argument("service", metavar="SERVICE")
+    up = commands.choices["up"]
+    for option in ("-d", "--wait"):
+        up.add_argument(option, action="store_true", help="as docker compose has it; here it is always so")
     commands.add_parser("down").add_argument("-v", "--volumes", action="store_true", help="delete topics and offsets")
     args = parser.parse_args()
     folder = DATA / os.path.relpath(args.file.resolve(), ROOT).replace(os.sep, "_")

@@ -155,7 +155,7 @@ def test_every_step(tmp_path, whole):
             elif language == "sh" and not words:
                 terminal = named[-1] if named else "1"
                 # As the README tells those who have no Docker.
-                command = text.replace("docker compose", "python tests/local_cluster.py").replace(" -d --wait", "")
+                command = text.replace("docker compose", "python tests/local_cluster.py")
                 print(f"after {time.monotonic() - begin:.0f} s, terminal {terminal}: {command}", end="")
                 terminals[terminal].wait_for_prompt()
                 seen = {number: len(terminals[number].screen) for number in terminals}
