@@ -171,9 +171,9 @@ class Run:
     def note_failure(self, line, always_print=False):
         """Ends the loop in main(), so that no new event is made. What is in the queue is still sent, if possible.
 
-        Why not go on? What made this event fail would most likely make the next one fail too. And after a failure the
-        library gives new numbers to the events in its queue. If the broker has stored one of them already, it can't
-        recognize the copy, and stores it twice. By making no new events we limit this to those that are in the queue.
+        Why not go on? What made this event fail would most likely make the next one fail too. And after a failure
+        events may be stored twice, or in another order, so the fewer the better. README.md explains it, under "Producer
+        and delivery report".
         """
         self.stopped = True
         self.exit_status = 1
