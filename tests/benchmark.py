@@ -34,26 +34,28 @@ LIMIT = 600  # seconds that any process may take
 BIG = 300_000  # events in the topic that consumers read
 
 # The contenders that are Python: `python -c SOURCE COUNT ...`, in processes of their own as the scripts are.
+# The producer's events, as fast as they can be made.
+EVENTS = "kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None))"
 # In place of the producer's Faker this one is set as it is by default.
 DEFAULT_FAKER = """
 from types import SimpleNamespace
 from faker import Faker
 kafka_producer.Factory = SimpleNamespace(create=lambda use_weighting: Faker("en_US"))
 """
-MAKE_EVENTS = """
+MAKE_EVENTS = f"""
 import sys
 from argparse import Namespace
 import kafka_producer
-{faker}
-for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
+{{faker}}
+for event in {EVENTS}:
     pass
 """
-MAKE_AND_ENCODE = """
+MAKE_AND_ENCODE = f"""
 import json, sys
 from argparse import Namespace
 import kafka_producer
 
-for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
+for event in {EVENTS}:
     str(event["user_id"]).encode()
     json.dumps(event).encode()
 """
@@ -74,7 +76,7 @@ logging.basicConfig(format="%(asctime)s %(message)s", filename="flush_each.log")
 logger = logging.getLogger()
 logger.setLevel(logging.INFO)
 producer = Producer({{"bootstrap.servers": sys.argv[2]}})
-for event in kafka_producer.registrations(Namespace(count=int(sys.argv[1]), interval=0, seed=None)):
+for event in {EVENTS}:
     producer.produce(sys.argv[3], json.dumps(event).encode(), callback=receipt)
     producer.flush()
 """

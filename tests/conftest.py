@@ -453,13 +453,18 @@ def committed(cluster, topic, group, partition=0):
         consumer.close()
 
 
-def consumer_with(folder, lines, before="    line = text(message.value())"):
-    """Writes mine.py, a copy of kafka_consumer.py with more lines before one of its own; returns its path."""
-    head, found, tail = (ROOT / "kafka_consumer.py").read_text().partition(before)
-    assert found
+def copy_with(folder, script, lines, before):
+    """Writes mine.py, a copy of a script with more lines before one of its own; returns its path."""
+    code = (ROOT / script).read_text()
+    assert code.count(before) == 1
     path = folder / "mine.py"
-    path.write_text(f"{head}{lines}{found}{tail}")
+    path.write_text(code.replace(before, f"{lines}{before}"))
     return path
+
+
+def consumer_with(folder, lines):
+    """Writes mine.py, a copy of kafka_consumer.py with more lines at the beginning of process(); returns its path."""
+    return copy_with(folder, "kafka_consumer.py", lines, before="    line = text(message.value())\n")
 
 
 def press_again(script, signum):

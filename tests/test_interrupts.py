@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import LIMIT, ROOT, numbered, produce, read_topic
+from conftest import LIMIT, copy_with, numbered, produce, read_topic
 from faults import random_moments
 
 TIMES = [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
@@ -41,11 +41,8 @@ def test_ctrl_c_of_the_producer(scripts, cluster, topic, times):
 
 def test_ctrl_c_while_an_event_is_being_made(scripts, cluster, topic):
     """In a copy that takes longer for it than the five seconds for the reports: it is delivered all the same."""
-    line = "        yield {\n"
-    code = (ROOT / "kafka_producer.py").read_text()
-    assert code.count(line) == 1
-    mine = scripts.folder / "mine.py"
-    mine.write_text(code.replace(line, f"        print('making', flush=True)\n        time.sleep(6)\n{line}"))
+    lines = "        print('making', flush=True)\n        time.sleep(6)\n"
+    mine = copy_with(scripts.folder, "kafka_producer.py", lines, before="        yield {\n")
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic]
     with subprocess.Popen(command, cwd=scripts.folder, stdout=subprocess.PIPE, text=True) as producer:
         assert producer.stdout.readline() == "Kafka Producer has been initiated...\n"

@@ -24,7 +24,7 @@ from confluent_kafka.admin import (
 from conftest import (
     EXTERNAL,
     LOOK_FIRST,
-    ROOT,
+    copy_with,
     create_topic,
     last_error,
     new_cluster,
@@ -287,11 +287,8 @@ def test_a_fatal_error_that_produce_meets_first(scripts, cluster, files, topic):
     """It says only that there is one; so the reason is told as well. In a copy that waits before it."""
     create_topic(cluster, topic)
     path = write(scripts.folder / "client.properties", login(files, "reader"))
-    line = "            if event is None:  # There is none yet.\n"
-    code = (ROOT / "kafka_producer.py").read_text()
-    assert code.count(line) == 1
-    mine = scripts.folder / "mine.py"
-    mine.write_text(code.replace(line, f"            time.sleep(2)\n{line}"))
+    before = "            if event is None:  # There is none yet.\n"
+    mine = copy_with(scripts.folder, "kafka_producer.py", "            time.sleep(2)\n", before)
     command = [sys.executable, mine, "-b", cluster.bootstrap_servers, "-t", topic, "-F", path]
     done = subprocess.run(command, cwd=scripts.folder, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 1
